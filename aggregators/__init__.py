@@ -1,0 +1,1 @@
+"""Aggregators: the server side, from checked updates to the global checkpoint."""

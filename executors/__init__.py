@@ -1,0 +1,1 @@
+"""Executors: the client side, training at a hospital."""

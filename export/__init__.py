@@ -1,0 +1,1 @@
+"""Export: global checkpoint to a deployable bundle."""

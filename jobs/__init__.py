@@ -1,0 +1,1 @@
+"""Jobs: composition, the only folder that knows both sides of a federation."""

@@ -1,0 +1,1 @@
+"""Models: BiomedCLIP, the per-specialty heads, and what of them trains."""

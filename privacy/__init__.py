@@ -1,0 +1,1 @@
+"""Privacy: what differential privacy means here - unit, clip, noise, accountant, ledger."""
