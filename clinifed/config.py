@@ -1,0 +1,210 @@
+"""The configuration of a federation: names, meanings, defaults and limits. YAML files hold values only.
+
+Every field below is a key of the YAML; unknown keys and wrong values are refused, all at once, with the file, the
+key, the value and the nearest valid key. Nothing is repaired silently.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+__all__ = [
+    "Aggregation",
+    "Data",
+    "Export",
+    "Federation",
+    "FolderIndex",
+    "Model",
+    "Privacy",
+    "PublicSets",
+    "Site",
+    "Specialty",
+    "Synthesize",
+    "Training",
+]
+
+# FLARE uses a site's name as a folder name and in certificates.
+SiteName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]{0,62}$")]
+DataClass = Literal["hospital", "public", "synthetic"]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class Specialty(_Settings):
+    """One medical specialty: its labels, and the prompts whose embeddings start its head."""
+
+    modality: str = ""  # for people; the model does not read it
+    labels: dict[str, tuple[str, ...]]  # label → its prompts; the order is the order of the logits
+
+    @field_validator("labels")
+    @classmethod
+    def _enough(cls, labels: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        if len(labels) < 2 or not all(labels.values()):
+            raise ValueError("a specialty needs at least two labels, each with at least one prompt")
+        return labels
+
+
+class Model(_Settings):
+    """The frozen base model."""
+
+    ref: str = "tiny"  # tiny | local-dir:PATH | hf-hub:OWNER/NAME
+
+
+class Training(_Settings):
+    """What every site does in every round."""
+
+    train: Literal["heads", "projection"] = "heads"
+    local_epochs: int = Field(1, ge=1, le=100)  # full batch: one epoch is one step is one release
+    learning_rate: float = Field(4.0, gt=0, le=1000)
+    temperature: float = Field(10.0, gt=0, le=100)  # scale of the zero-shot logits at the start
+    batch_size: int = Field(64, ge=1)  # images per physical batch; changes memory, never the result
+
+
+class Privacy(_Settings):
+    """The promise: ``mode: dp``, or ``privacy: off`` for data marked public or synthetic."""
+
+    mode: Literal["dp", "off"] = "dp"
+    epsilon: float = Field(1.0, gt=0, le=100)  # per patient and site, for the whole run
+    delta: float = Field(1e-5, gt=0, le=1e-3)
+    max_grad_norm: float = Field(1.0, gt=0)  # C, the clip of one patient's gradient; public
+    objective: str = "cross-entropy"  # a key of clinifed.privacy.OBJECTIVES
+
+
+class Aggregation(_Settings):
+    """What the server does with the updates of a round."""
+
+    rule: str = "fedavg"  # a key of clinifed.aggregators.RULES
+    weights: Literal["equal", "nominal_patients"] = "equal"  # public numbers only, never a site's true counts
+    min_updates: int | None = Field(None, ge=1)  # a round with fewer changes nothing; default: min_clients
+    round_timeout_s: int = Field(1800, ge=5)  # a round closes then, with what has come
+
+
+class Synthesize(_Settings):
+    """Synthetic hospitals, made under the run when they are absent."""
+
+    seed: int = Field(1, ge=0)  # patients and images; public
+    style_seed: int = Field(100, ge=0)  # the sites' scanners; independent of ``seed``
+    patients_per_specialty: int = Field(50, ge=2, le=100_000)
+    public_patients_per_specialty: int = Field(60, ge=4, le=100_000)
+    max_images: int = Field(3, ge=1, le=8)  # per patient
+    shuffle_labels: bool = False  # a control: labels permuted between the patients of a site
+
+
+class PublicSets(_Settings):
+    """Manifests of data that no hospital owns: for choices (validation) and for reported figures (test)."""
+
+    validation: Path
+    test: Path
+
+
+class FolderIndex(_Settings):
+    """How to make a site's manifest from a folder of DICOM, PNG or JPEG files and a table of labels."""
+
+    folder: Path
+    labels: Path | None = None  # CSV
+    columns: dict[str, str] = Field(default_factory=dict)  # image|patient|specialty|label|caption|split → CSV column
+    values: dict[str, str] = Field(default_factory=dict)  # value in the label column → label of the specialty
+    split: Literal["train", "holdout"] | None = None  # put every patient there; default: by the patient's hash
+
+
+class Data(_Settings):
+    """Where images come from when the sites do not name manifests of their own."""
+
+    synthesize: Synthesize | None = None
+    public: PublicSets | None = None
+    public_index: dict[Literal["validation", "test"], FolderIndex] | None = None
+
+
+class Site(_Settings):
+    """One hospital, as the federation sees it; its own policy file decides what it really permits."""
+
+    specialties: tuple[Name, ...] = Field(min_length=1)
+    nominal_patients: int | None = Field(None, ge=1)  # N₀, public, in the contract; never the true count
+    budget_epsilon: float | None = Field(None, gt=0)  # lifetime budget of a simulated site; default privacy.epsilon
+    manifest: Path | None = None
+    index: FolderIndex | None = None
+    data_class: DataClass = "hospital"
+
+
+class Export(_Settings):
+    """What ``clinifed export`` makes of the checkpoint."""
+
+    precisions: tuple[Literal["fp32", "fp16", "int8"], ...] = ("fp32", "fp16", "int8")
+    targets: tuple[Literal["onnx", "tensorrt", "tensorrt-rtx"], ...] = ("tensorrt-rtx",)
+
+
+class Federation(_Settings):
+    """A whole federation, as one YAML file."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,40}$")]
+    rounds: int = Field(ge=1, le=10_000)
+    min_clients: int = Field(ge=1)
+    max_clients: int = Field(ge=1)
+    model: Model = Model()
+    training: Training = Training()
+    privacy: Privacy = Privacy()
+    aggregation: Aggregation = Aggregation()
+    data: Data = Data()
+    specialties: dict[Name, Specialty] = Field(default_factory=dict)  # new ones, or other prompts
+    sites: dict[SiteName, Site] = Field(min_length=1)
+    export: Export = Export()
+
+    @field_validator("privacy", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        # YAML 1.1 reads a bare `off` as false; `privacy: off` must mean what it says.
+        return {"mode": "off"} if value is False or value == "off" else value
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        problems = []
+        if self.min_clients > self.max_clients:
+            problems.append(
+                f"min_clients ({self.min_clients}) is greater than max_clients ({self.max_clients}); lower it"
+            )
+        if not self.min_clients <= len(self.sites) <= self.max_clients:
+            problems.append(
+                f"sites: {len(self.sites)} sites, but min_clients is {self.min_clients} and max_clients is "
+                f"{self.max_clients}; add or remove sites, or change the limits"
+            )
+        if self.aggregation.min_updates is not None and self.aggregation.min_updates > len(self.sites):
+            problems.append(
+                f"aggregation.min_updates ({self.aggregation.min_updates}) is more than there are sites "
+                f"({len(self.sites)}): no round could ever count"
+            )
+        for name, site in self.sites.items():
+            if site.manifest and site.index:
+                problems.append(f"sites.{name}: give either manifest or index, not both")
+            if not (site.manifest or site.index or self.data.synthesize):
+                problems.append(f"sites.{name}: no data; give manifest, index, or data.synthesize for all sites")
+            if site.nominal_patients is None and not self.data.synthesize and self.privacy.mode == "dp":
+                problems.append(
+                    f"sites.{name}.nominal_patients: missing; under differential privacy the denominator is this "
+                    "public number, never the true count"
+                )
+            data_class = "synthetic" if self.data.synthesize else site.data_class
+            if self.privacy.mode == "off" and data_class == "hospital":
+                problems.append(
+                    f"privacy: off is for public or synthetic data, but sites.{name}.data_class is 'hospital'; "
+                    "switch privacy on"
+                )
+        if self.data.synthesize and any(s.manifest or s.index for s in self.sites.values()):
+            problems.append("data.synthesize makes the data of all sites; remove the sites' manifest and index")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def nominal_patients(self, site: str) -> int:
+        """N₀ of ``site``: as configured, or what ``data.synthesize`` plans per specialty."""
+        configured = self.sites[site].nominal_patients
+        if configured is not None or self.data.synthesize is None:
+            return configured or 1
+        return self.data.synthesize.patients_per_specialty * len(self.sites[site].specialties)
+
+    def min_updates(self) -> int:
+        """How many good updates a round needs to change the model."""
+        return self.aggregation.min_updates or self.min_clients

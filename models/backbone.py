@@ -1,0 +1,144 @@
+"""BiomedCLIP through open_clip: one code path for the hub, a local directory and the tiny model shipped here."""
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import open_clip
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from clinifed.errors import ModelError
+
+__all__ = ["BIOMEDCLIP", "TINY", "Backbone", "Preprocess", "load_backbone", "state_sha256"]
+
+log = logging.getLogger(__name__)
+
+BIOMEDCLIP = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
+TINY = "tiny"
+_TINY_DIR = Path(__file__).resolve().parent / "tiny"
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How the backbone wants its images: public constants, read from the model's own configuration."""
+
+    size_px: int  # height = width, pixels
+    mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
+    std: tuple[float, ...]
+    interpolation: str  # "bicubic" | "bilinear"
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen BiomedCLIP: image tower, text tower, tokenizer and preprocessing.
+
+    Shapes: B images, N texts, F features before the projection, D embedding dimension.
+    """
+
+    ref: str
+    model: nn.Module
+    tokenizer: Callable[[Sequence[str]], Tensor]
+    preprocess: Preprocess
+    sha256: str  # of all weights, independent of the file format they came from
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Size of all weights in bytes, as they are stored in memory."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+    def projection(self) -> nn.Linear:
+        """The linear map (F → D, no bias) from the image trunk's features to the embedding.
+
+        Raises:
+            ModelError: the backbone ends in something else, so that ``train: projection`` has no meaning.
+        """
+        proj = getattr(self.model.visual.head, "proj", None)
+        if not isinstance(proj, nn.Linear) or proj.bias is not None:
+            raise ModelError(
+                f"{self.ref}: the image tower has no bias-free linear `visual.head.proj`, "
+                "so `train: projection` cannot be used; use `train: heads`"
+            )
+        return proj
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """Features before the projection. ``pixels`` (B, 3, S, S) float32, normalised; returns (B, F)."""
+        features: Tensor = self.model.visual.trunk(pixels)
+        return features
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """L2-normalised embeddings (B, D) of ``pixels`` (B, 3, S, S) float32, normalised."""
+        return functional.normalize(self.model.visual(pixels), dim=-1)
+
+    @torch.no_grad()
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """L2-normalised embeddings (N, D) of ``texts``; the text tower is frozen in every mode."""
+        return functional.normalize(self.model.encode_text(self.tokenizer(list(texts))), dim=-1)
+
+
+def state_sha256(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of a state dict, in sorted order."""
+    digest = sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _open_clip_ref(ref: str) -> tuple[str, dict[str, object]]:
+    """The name open_clip knows, and what must be overridden for it to load without a network."""
+    if ref.startswith("hf-hub:"):
+        return ref, {}
+    if ref == TINY:
+        root = _TINY_DIR
+    elif ref.startswith("local-dir:"):
+        root = Path(ref.removeprefix("local-dir:")).expanduser().resolve()
+    else:
+        raise ModelError(
+            f"model.ref {ref!r} is not known: use {TINY!r}, 'local-dir:/path/to/model' or 'hf-hub:owner/name'"
+        )
+    config = root / "open_clip_config.json"
+    if not config.is_file():
+        raise ModelError(f"{ref}: no {config.name} in {root}; a model directory needs it beside its weights")
+    text_cfg = dict(json.loads(config.read_text(encoding="utf-8"))["model_cfg"]["text_cfg"])
+    if (root / "text" / "config.json").is_file():
+        # A relative name would be looked up on the hub, or against the working directory.
+        text_cfg.update(hf_model_name=str(root / "text"), hf_model_pretrained=False)
+    return f"local-dir:{root}", {"text_cfg": text_cfg}
+
+
+def load_backbone(ref: str) -> Backbone:
+    """Load a frozen backbone on the CPU, in evaluation mode.
+
+    Args:
+        ref: ``tiny`` (ships with clinifed), ``local-dir:PATH`` or ``hf-hub:OWNER/NAME``.
+
+    Raises:
+        ModelError: the reference is unknown, incomplete or cannot be fetched.
+    """
+    name, overrides = _open_clip_ref(ref)
+    try:
+        model = open_clip.create_model(name, **overrides)
+        tokenizer = open_clip.get_tokenizer(name)
+    except Exception as error:  # open_clip, huggingface_hub and safetensors each raise their own kinds
+        raise ModelError(
+            f"model.ref {ref!r} could not be loaded ({type(error).__name__}: {error}). Without internet, mirror "
+            "the model to a directory and use 'local-dir:/that/directory'"
+        ) from error
+    model.eval().requires_grad_(False)
+    config = open_clip.get_model_preprocess_cfg(model)
+    size = config["size"]
+    preprocess = Preprocess(
+        size_px=int(size if isinstance(size, int) else size[0]),
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation=str(config["interpolation"]),
+    )
+    backbone = Backbone(ref, model, tokenizer, preprocess, state_sha256(model.state_dict()))
+    log.info("backbone %s: %.1f MB, sha256 %s", ref, backbone.parameter_bytes / 1e6, backbone.sha256[:12])
+    return backbone

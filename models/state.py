@@ -1,0 +1,60 @@
+"""Parameters on disk: safetensors only, and the checkpoint directory that a federation ends with."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from clinifed.errors import ModelError
+
+__all__ = ["CARD", "WEIGHTS", "Checkpoint", "apply_delta", "read_checkpoint"]
+
+WEIGHTS = "model.safetensors"
+CARD = "card.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A global checkpoint: the shared parameters as they are used (not as deltas), and the card that describes them."""
+
+    path: Path
+    params: dict[str, Tensor]  # trunk.*, heads.<specialty>.{weight,bias}; float32
+    card: dict[str, Any]
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint directory (``model.safetensors`` and ``card.json``).
+
+    Raises:
+        ModelError: a file is missing or damaged, or the two do not belong together. Nothing is unpickled.
+    """
+    missing = [name for name in (WEIGHTS, CARD) if not (path / name).is_file()]
+    if missing:
+        raise ModelError(f"{path}: not a checkpoint, {' and '.join(missing)} missing")
+    try:
+        params = load_file(path / WEIGHTS)
+        card = json.loads((path / CARD).read_text(encoding="utf-8"))
+    except (SafetensorError, ValueError) as error:
+        raise ModelError(f"{path}: the checkpoint cannot be read: {error}") from error
+    return Checkpoint(path, params, card)
+
+
+def apply_delta(start: Mapping[str, Tensor], delta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``start + delta`` by name, in float32.
+
+    A federation shares the difference from the zero-shot start, so that the server needs no model at all.
+
+    Raises:
+        ModelError: the names or the shapes differ.
+    """
+    wrong = sorted(set(start) ^ set(delta))
+    wrong += [n for n in start if n in delta and start[n].shape != delta[n].shape]
+    if wrong:
+        raise ModelError(f"the shared delta does not fit the model at {', '.join(wrong)}")
+    return {name: start[name].to(torch.float32) + delta[name].to(torch.float32) for name in start}
