@@ -1,1 +1,7 @@
-"""Aggregators: the server side, from checked updates to the global checkpoint."""
+"""Aggregators: the server side, from checked updates to the global checkpoint. ``RULES`` names the aggregation rules."""
+
+from clinifed.aggregators.fedavg import fedavg
+
+__all__ = ["RULES"]
+
+RULES = {"fedavg": fedavg}

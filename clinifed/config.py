@@ -128,6 +128,7 @@ class Site(_Settings):
     manifest: Path | None = None
     index: FolderIndex | None = None
     data_class: DataClass = "hospital"
+    ledger: Path | None = None  # needed for data of class hospital: it must outlive the run
 
 
 class Export(_Settings):
@@ -191,6 +192,11 @@ class Federation(_Settings):
                 problems.append(
                     f"privacy: off is for public or synthetic data, but sites.{name}.data_class is 'hospital'; "
                     "switch privacy on"
+                )
+            if self.privacy.mode == "dp" and data_class == "hospital" and site.ledger is None:
+                problems.append(
+                    f"sites.{name}.ledger: missing; the data is a hospital's, so its budget must outlive this run: give "
+                    "a path outside of it (or mark the data, truthfully, as data_class: public or synthetic)"
                 )
         if self.data.synthesize and any(s.manifest or s.index for s in self.sites.values()):
             problems.append("data.synthesize makes the data of all sites; remove the sites' manifest and index")

@@ -1,0 +1,73 @@
+"""What all sites agree on before anything runs: public numbers only, one hash. It travels with the job.
+
+A site computes its own cost from the contract and refuses what its policy does not permit; nothing in a contract
+can widen a policy.
+"""
+
+from hashlib import sha256
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from clinifed.config import Specialty, Training
+from clinifed.files import canonical_json
+
+__all__ = ["BaseModelRef", "Contract", "ContractSite", "Promise"]
+
+
+class _Agreed(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BaseModelRef(_Agreed):
+    """Which frozen base model; every site must hold the same weights."""
+
+    ref: str
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Promise(_Agreed):
+    """The privacy mechanism of the whole run, and the claim that follows from it."""
+
+    mode: Literal["dp", "off"]
+    epsilon: float
+    delta: float
+    unit: Literal["patient"] = "patient"
+    relation: Literal["add_remove"] = "add_remove"
+    mechanism: str = "gaussian, full batch"
+    noise_multiplier: float  # σ, calibrated once for all releases; 0 with privacy off
+    max_grad_norm: float  # C
+    releases: int  # rounds · local epochs: every local step is charged
+    objective: str
+
+
+class ContractSite(_Agreed):
+    """One site's public part."""
+
+    specialties: tuple[str, ...]
+    nominal_patients: int = Field(ge=1)  # N₀
+    weight: float = Field(gt=0)  # in the average; from the contract, never from an update
+
+
+class Contract(_Agreed):
+    """The agreement of one federation job."""
+
+    schema_version: Literal[1] = 1
+    federation: str
+    clinifed_version: str
+    base_model: BaseModelRef
+    specialties: dict[str, Specialty]
+    training: Training
+    promise: Promise
+    rounds: int = Field(ge=1)
+    min_clients: int
+    max_clients: int
+    min_updates: int
+    round_timeout_s: int
+    rule: str
+    sites: dict[str, ContractSite]
+    shapes: dict[str, tuple[int, ...]]  # every shared parameter, float32
+
+    def sha256(self) -> str:
+        """The hash by which a site's policy approves this contract."""
+        return sha256(canonical_json(self.model_dump(mode="json"))).hexdigest()

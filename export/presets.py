@@ -1,0 +1,99 @@
+"""The presets of ``presets.yaml``, checked: precisions, their parity thresholds, and how engines are built."""
+
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from clinifed.evaluation.parity import Parity
+from clinifed.load import read_yaml, validate
+
+__all__ = ["Engine", "HalfPrecision", "Precision", "Presets", "Profile", "Quantization", "Thresholds", "load_presets"]
+
+_FILE = Path(__file__).with_name("presets.yaml")
+
+
+class _Preset(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Profile(_Preset):
+    """TensorRT's optimisation profile: images per request that an engine accepts, and the number it is tuned for."""
+
+    min: int = Field(ge=1)
+    opt: int
+    max: int = Field(le=64)  # clinifed.export.onnx.MAX_BATCH
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.min <= self.opt <= self.max:
+            raise ValueError(f"needs min ≤ opt ≤ max, got {self.min}, {self.opt}, {self.max}")
+        return self
+
+
+class Engine(_Preset):
+    """How engines are built."""
+
+    profile: Profile
+    compute_capabilities: tuple[str, ...]  # TensorRT-RTX names, such as SM89
+
+
+class HalfPrecision(_Preset):
+    """What of an FP32 graph becomes FP16: everything but this."""
+
+    keep_fp32_ops: tuple[str, ...]  # operators, wherever they stand
+    keep_fp32_from: tuple[str, ...]  # these operators and all that follows them
+
+
+class Quantization(_Preset):
+    """What becomes INT8: nodes of these operators that multiply by a weight, before the embedding."""
+
+    op_types: tuple[str, ...] = Field(min_length=1)
+    per_channel: bool  # one scale per output channel of a weight; activations always have one per tensor
+
+
+class Thresholds(_Preset):
+    """The parity with FP32 torch below which a precision is not packed."""
+
+    cosine_mean: Annotated[float, Field(ge=-1, le=1)]
+    top1_agreement: Annotated[float, Field(ge=0, le=1)]
+    logits_max_abs: float | None = Field(None, gt=0)
+
+    def failures(self, parity: Parity) -> list[str]:
+        """Every threshold that ``parity`` misses, in words; a figure that is not a number misses."""
+        found = [
+            f"{name} {getattr(parity, name):.6f} is below {limit}"
+            for name, limit in (("cosine_mean", self.cosine_mean), ("top1_agreement", self.top1_agreement))
+            if not getattr(parity, name) >= limit
+        ]
+        if self.logits_max_abs is not None and not parity.logits_max_abs <= self.logits_max_abs:
+            found.append(f"logits_max_abs {parity.logits_max_abs:.3g} is above {self.logits_max_abs}")
+        return found
+
+
+class Precision(_Preset):
+    """One precision: FP32 when it neither quantises nor halves."""
+
+    quantize: Quantization | None = None
+    half: HalfPrecision | None = None
+    parity: Thresholds
+
+
+class Presets(_Preset):
+    """The whole file."""
+
+    calibration_images: int = Field(ge=1)
+    parity_images: int = Field(ge=1)
+    engine: Engine
+    precisions: dict[str, Precision]
+
+
+@cache
+def load_presets() -> Presets:
+    """The presets that ship with clinifed.
+
+    Raises:
+        ConfigError: the file was edited and an entry is wrong; every wrong key is named.
+    """
+    return validate(Presets, read_yaml(_FILE), _FILE.name)

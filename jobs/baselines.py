@@ -1,0 +1,70 @@
+"""What each site could do alone, with and without DP, and what the zero-shot model does: the lines to beat."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clinifed.contract import Contract
+from clinifed.evaluation.metrics import Scores, patient_scores
+from clinifed.executors.trainer import local_steps
+from clinifed.models.adapters import TrainablePart, build_trainable
+from clinifed.models.backbone import Backbone
+from clinifed.privacy.engine import PatientTensors
+
+__all__ = ["Figures", "local_scores", "score_part"]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Scores by specialty."""
+
+    by_specialty: dict[str, Scores]
+
+
+@torch.inference_mode()
+def score_part(part: TrainablePart, public: PatientTensors, names: list[str]) -> dict[str, Scores]:
+    """Scores of ``part`` on public patients, for each of its specialties.
+
+    Args:
+        public: features; ``specialty`` counts ``names``, sorted.
+    """
+    logits = part(public.features)
+    scores = {}
+    for name in sorted(logits):
+        rows = public.specialty == names.index(name)
+        scores[name] = patient_scores(
+            logits[name][rows].double().numpy(), public.patient[rows].numpy(), public.label[rows].numpy()
+        )
+    return scores
+
+
+def local_scores(
+    contract: Contract,
+    backbone: Backbone,
+    site: str,
+    data: PatientTensors,
+    public: PatientTensors,
+    names: list[str],
+    *,
+    private: bool,
+) -> dict[str, Scores]:
+    """One site alone for as many steps as the federation takes, at the same epsilon or without DP.
+
+    For synthetic and public data only: these steps are compared, never released, so nothing is charged.
+    """
+    agreed = contract.sites[site]
+    mine = {name: contract.specialties[name] for name in agreed.specialties}
+    part = build_trainable(backbone, mine, contract.training.train, contract.training.temperature)
+    if not private:
+        promise = contract.promise.model_copy(update={"mode": "off"})
+        contract = contract.model_copy(update={"promise": promise})
+    local_steps(part, data, contract, agreed.nominal_patients, contract.rounds * contract.training.local_epochs)
+    return score_part(part, public, names)
+
+
+def load_part(contract: Contract, backbone: Backbone, state: Mapping[str, Tensor] | None = None) -> TrainablePart:
+    """The trainable part of the whole federation, at its start or with ``state``."""
+    training = contract.training
+    return build_trainable(backbone, contract.specialties, training.train, training.temperature, state)

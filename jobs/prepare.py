@@ -1,0 +1,147 @@
+"""Before a run: make or index the data, look at every site at once, and write what each site's FLARE folder needs."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
+from nvflare.app_common.widgets.component_path_authorizer import CLASS_ALLOW_LIST
+
+from clinifed.config import Federation, FolderIndex
+from clinifed.contract import Contract
+from clinifed.data.index import index_folder
+from clinifed.data.manifest import Manifest, read_manifest
+from clinifed.data.synthesize import synthesize
+from clinifed.errors import ClinifedError, DataError
+from clinifed.files import write_atomic, write_json
+from clinifed.policy import POLICY_FOLDER, Budget, SitePolicy
+
+__all__ = ["ALLOWED_CLASSES", "PreparedData", "prepare_data", "site_policies", "write_site_folder"]
+
+log = logging.getLogger(__name__)
+
+# FLARE runs a job only if each of its classes is on the site's list; ours come from the installed package.
+ALLOWED_CLASSES = [*DEFAULT_CLASS_ALLOW_LIST, "clinifed."]
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Manifests of a run, all readable."""
+
+    sites: dict[str, Manifest]
+    validation: Manifest | None
+    test: Manifest | None
+
+
+def _index(index: FolderIndex, out: Path, specialties: tuple[str, ...], data_class: str) -> Path:
+    """Index a folder into ``out/manifest.csv`` unless it is there."""
+    path = out / "manifest.csv"
+    if not path.exists():
+        report = index_folder(
+            index.folder,
+            path,
+            specialties=specialties,
+            labels=index.labels,
+            columns=index.columns,
+            values=index.values,
+            split=index.split,
+            data_class=data_class,
+        )
+        if report.skipped:
+            log.warning("%s: files left out: %s", out.name, dict(report.skipped))
+    return path
+
+
+def prepare_data(federation: Federation, folder: Path, progress: Callable[[str], None]) -> PreparedData:
+    """Make or index what is absent under ``folder``, and read every manifest.
+
+    Raises:
+        DataError: with the problems of all sites and public sets at once.
+    """
+    plan = federation.data
+    every = tuple(sorted({n for s in federation.sites.values() for n in s.specialties}))
+    paths: dict[str, Path] = {}
+    if plan.synthesize is not None:
+        if not folder.exists():
+            progress(f"synthesizing hospitals (seed {plan.synthesize.seed})")
+            synthesize(plan.synthesize, {n: s.specialties for n, s in federation.sites.items()}, folder)
+        for name in [*federation.sites, "public/validation", "public/test"]:
+            here = folder / name
+            index = FolderIndex(folder=here, labels=here / "labels.csv", split="train")
+            site = federation.sites.get(name)
+            paths[name] = _index(index, here, site.specialties if site else every, "synthetic")
+    problems: list[str] = []
+
+    def attempt(name: str, index: FolderIndex, specialties: tuple[str, ...], data_class: str) -> None:
+        progress(f"indexing {name}")
+        try:
+            paths[name] = _index(index, folder / name, specialties, data_class)
+        except ClinifedError as error:
+            problems.extend(f"{name}: {p}" for p in error.problems)
+
+    for name, site in federation.sites.items():
+        if site.manifest is not None:
+            paths[name] = site.manifest
+        elif site.index is not None:
+            attempt(name, site.index, site.specialties, site.data_class)
+    for which, index in (plan.public_index or {}).items():
+        attempt(f"public/{which}", index, every, "public")
+    if plan.public is not None:
+        paths |= {"public/validation": plan.public.validation, "public/test": plan.public.test}
+
+    manifests: dict[str, Manifest] = {}
+    for name, path in paths.items():
+        try:
+            manifests[name] = read_manifest(path)
+        except ClinifedError as error:
+            problems.extend(f"{name}: {p}" for p in error.problems)
+    for name, site in federation.sites.items():
+        if name in manifests:
+            records = [r for r in manifests[name].records if r.split == "train"]
+            problems.extend(
+                f"{name}: declares {wanted}, but {manifests[name].path} has no training image of it; remove it from "
+                f"sites.{name}.specialties or add images"
+                for wanted in sorted(set(site.specialties) - {r.specialty for r in records})
+            )
+    if problems:
+        raise DataError(*problems)
+    return PreparedData(
+        sites={name: manifests[name] for name in sorted(federation.sites)},
+        validation=manifests.get("public/validation"),
+        test=manifests.get("public/test"),
+    )
+
+
+def site_policies(federation: Federation, data: PreparedData, run: Path) -> dict[str, SitePolicy]:
+    """The policies of simulated sites, from the federation's configuration."""
+    policies = {}
+    for name, manifest in data.sites.items():
+        home = run / "sites" / name
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        site = federation.sites[name]
+        policies[name] = SitePolicy(
+            site=name,
+            manifest=manifest.path,
+            ledger=site.ledger or home / "ledger.jsonl",
+            cache=home / "cache",
+            diary=home / "diary.jsonl",
+            budget=Budget(epsilon=site.budget_epsilon or federation.privacy.epsilon, delta=federation.privacy.delta),
+            permit_privacy_off=federation.privacy.mode == "off",
+        )
+    return policies
+
+
+def write_site_folder(local: Path, policies: dict[str, SitePolicy], contract: Contract) -> None:
+    """Write a FLARE folder ``local``: the class allow-list, and the policies of the sites that live there.
+
+    In a simulation all sites share one such folder; a real site has its own.
+    """
+    local.mkdir(parents=True, exist_ok=True)
+    write_json(local / "resources.json", {"format_version": 2, CLASS_ALLOW_LIST: ALLOWED_CLASSES})
+    (local / POLICY_FOLDER).mkdir(exist_ok=True)
+    for name, policy in policies.items():
+        if name in contract.sites:
+            text = yaml.safe_dump(policy.model_dump(mode="json"), sort_keys=False)
+            write_atomic(local / POLICY_FOLDER / f"{name}.yaml", text.encode(), 0o600)

@@ -1,0 +1,92 @@
+"""Federation → contract → FLARE job. Code is never shipped with a job: every site has clinifed installed."""
+
+from pathlib import Path
+from typing import Any
+
+from nvflare.app_common.app_constant import AppConstants
+from nvflare.job_config.api import FedJob
+from nvflare.recipe.spec import Recipe
+
+from clinifed import __version__
+from clinifed.aggregators.flare import FederatedRounds, SafetensorsPersistor, SpecialtyAggregator
+from clinifed.config import Federation
+from clinifed.contract import BaseModelRef, Contract, ContractSite, Promise
+from clinifed.errors import ConfigError
+from clinifed.executors.flare import SiteExecutor
+from clinifed.models.adapters import build_trainable
+from clinifed.models.backbone import Backbone
+from clinifed.models.specialties import resolve_specialties
+from clinifed.privacy.accountant import noise_multiplier_for
+from clinifed.privacy.objectives import resolve_objective
+
+__all__ = ["FederationRecipe", "build_contract"]
+
+
+def build_contract(federation: Federation, backbone: Backbone) -> Contract:
+    """The contract of ``federation`` on ``backbone``: sigma is calibrated here, once for all rounds.
+
+    Raises:
+        ConfigError: a specialty is not known.
+        PrivacyError: the objective may not run.
+    """
+    names = {name for site in federation.sites.values() for name in site.specialties}
+    try:
+        specialties = resolve_specialties(names, federation.specialties)
+    except KeyError as error:
+        raise ConfigError(f"specialty {error.args[0]!r} is not known; define it under `specialties:`") from None
+    training, privacy = federation.training, federation.privacy
+    resolve_objective(privacy.objective)
+    releases = federation.rounds * training.local_epochs
+    private = privacy.mode == "dp"
+    part = build_trainable(backbone, specialties, training.train, training.temperature)
+    by_patients = federation.aggregation.weights == "nominal_patients"
+    return Contract(
+        federation=federation.name,
+        clinifed_version=__version__,
+        base_model=BaseModelRef(ref=backbone.ref, sha256=backbone.sha256),
+        specialties=specialties,
+        training=training,
+        promise=Promise(
+            mode=privacy.mode,
+            epsilon=privacy.epsilon,
+            delta=privacy.delta,
+            noise_multiplier=noise_multiplier_for(privacy.epsilon, privacy.delta, releases) if private else 0.0,
+            max_grad_norm=privacy.max_grad_norm,
+            releases=releases,
+            objective=privacy.objective,
+        ),
+        rounds=federation.rounds,
+        min_clients=federation.min_clients,
+        max_clients=federation.max_clients,
+        min_updates=federation.min_updates(),
+        round_timeout_s=federation.aggregation.round_timeout_s,
+        rule=federation.aggregation.rule,
+        sites={
+            name: ContractSite(
+                specialties=tuple(sorted(site.specialties)),
+                nominal_patients=federation.nominal_patients(name),
+                weight=float(federation.nominal_patients(name)) if by_patients else 1.0,
+            )
+            for name, site in sorted(federation.sites.items())
+        },
+        shapes={name: tuple(tensor.shape) for name, tensor in sorted(part.state_dict().items())},
+    )
+
+
+class FederationRecipe(Recipe):  # type: ignore[misc]
+    """The FLARE recipe of one contract: our controller, aggregator and persistor at the server, our executor at sites."""
+
+    def __init__(self, contract: Contract) -> None:
+        plain: dict[str, Any] = contract.model_dump(mode="json")
+        job = FedJob(name=contract.federation, min_clients=contract.min_clients)
+        job.to_server(SafetensorsPersistor(plain), id=AppConstants.DEFAULT_PERSISTOR_ID)
+        job.to_server(FederatedRounds(plain, SpecialtyAggregator(plain)))
+        job.to_clients(SiteExecutor(plain), tasks=[AppConstants.TASK_TRAIN])
+        # Without this FLARE copies our source into the job and marks it as bring-your-own-code.
+        job.set_app_packages(["clinifed"])
+        super().__init__(job)
+
+    def write(self, folder: Path) -> Path:
+        """Write the job folder ``folder/<name>`` for ``nvflare job submit`` or ``nvflare simulator``."""
+        self.export(str(folder))
+        return folder / str(self.name if hasattr(self, "name") else self.job.name)

@@ -1,0 +1,204 @@
+"""One step of patient-level differential privacy on Opacus: patient mean, one clip, sum, noise, public denominator.
+
+Opacus computes a gradient per image; privacy is promised per patient. So the images of a patient are averaged into
+one gradient over the trunk and all heads before the clip, and removing a patient moves the sum by at most C.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from opacus.grad_sample import GradSampleHooks
+from opacus.optimizers import DPOptimizer
+from torch import Tensor, nn
+
+from clinifed.errors import PrivacyError
+from clinifed.privacy.noise import NoiseSource, to_grid
+from clinifed.privacy.objectives import Objective
+
+__all__ = ["Mechanism", "PatientDPOptimizer", "PatientTensors", "physical_batches", "plain_step", "private_step"]
+
+log = logging.getLogger(__name__)
+
+# Modules whose output for one patient depends on the other patients of the batch, or that keep statistics of them.
+_BATCH_MODULES = (nn.modules.batchnorm._BatchNorm,)
+
+
+@dataclass(frozen=True)
+class PatientTensors:
+    """A site's patients as the trainable part reads them: R images of P patients, sorted by patient."""
+
+    features: Tensor  # (R, F) float32
+    patient: Tensor  # (R,) int64, 0 … P-1, non-decreasing; every number occurs
+    specialty: Tensor  # (R,) int64, position among the sorted names of the heads
+    label: Tensor  # (R,) int64
+
+    @property
+    def patients(self) -> int:
+        """P. A private number: it must not leave the site in DP mode."""
+        return int(self.patient[-1]) + 1 if len(self.patient) else 0
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """The Gaussian mechanism of one release; all of it is public and stands in the contract."""
+
+    noise_multiplier: float  # σ; the noise has standard deviation σ·C
+    max_grad_norm: float  # C
+    nominal_patients: int  # N₀, the denominator
+
+
+def physical_batches(patient: Tensor, batch_size: int) -> Iterator[slice]:
+    """Row ranges of at most ``batch_size`` images that never split a patient (unless alone larger than that)."""
+    ends = (torch.nonzero(torch.diff(patient)).flatten() + 1).tolist() + [len(patient)] if len(patient) else []
+    start = previous = 0
+    for end in ends:
+        if end - start > batch_size and previous > start:
+            yield slice(start, previous)
+            start = previous
+        previous = end
+    if previous > start:
+        yield slice(start, previous)
+
+
+class PatientDPOptimizer(DPOptimizer):
+    """Opacus' optimiser with the patient as the unit.
+
+    Guarantees:
+        - One patient moves the clipped sum by at most C, however many images and specialties the patient has.
+        - The noise is N(0, σ²C²) per coordinate, drawn anew for every release from :class:`NoiseSource`.
+        - The denominator is the public N₀; the true number of patients enters nowhere else.
+        - A patient whose gradient is not finite contributes zero, which depends on that patient alone.
+    """
+
+    groups: Tensor  # (R,) the patient of each row of the current physical batch, counted from 0
+
+    def __init__(self, optimizer: torch.optim.Optimizer, mechanism: Mechanism) -> None:
+        super().__init__(
+            optimizer,
+            noise_multiplier=mechanism.noise_multiplier,
+            max_grad_norm=mechanism.max_grad_norm,
+            expected_batch_size=mechanism.nominal_patients,
+            loss_reduction="sum",
+        )
+        self.skipped = 0  # patients whose gradient was not finite; stays at the site
+
+    def clip_and_accumulate(self) -> None:
+        """Rows → patient means → one clip per patient → sum into ``summed_grad``."""
+        count = int(self.groups[-1]) + 1
+        images = torch.bincount(self.groups, minlength=count)
+        means = []
+        for rows in self.grad_samples:  # (R, *shape) per parameter
+            if len(rows) != len(self.groups):
+                raise PrivacyError(
+                    f"{len(rows)} per-sample gradients for {len(self.groups)} images: a parameter is used in a way "
+                    "that has no gradient per image, so it cannot be trained privately; freeze it"
+                )
+            total = rows.new_zeros((count, *rows.shape[1:])).index_add_(0, self.groups, rows)
+            means.append(total / images.view(-1, *([1] * (rows.dim() - 1))))
+        norms = torch.stack([m.reshape(count, -1).norm(2, dim=1) for m in means], dim=1).norm(2, dim=1)  # (P,)
+        finite = torch.isfinite(norms)
+        self.skipped += int((~finite).sum())
+        # 1e-6: as Opacus; it only ever makes the factor smaller.
+        factor = torch.where(finite, (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0), 0.0)
+        for parameter, mean in zip(self.params, means, strict=True):
+            keep = finite.view(-1, *([1] * (mean.dim() - 1)))
+            clipped = torch.einsum("p,p...->...", factor, torch.where(keep, mean, 0.0))
+            parameter.summed_grad = clipped if parameter.summed_grad is None else parameter.summed_grad + clipped
+
+    def add_noise(self) -> None:
+        """Clipped sum + N(0, σ²C²), in float64, rounded to the grid; one fresh key for the whole release."""
+        source = NoiseSource()
+        std = self.noise_multiplier * self.max_grad_norm
+        for parameter in self.params:
+            noise = source.standard_normal(tuple(parameter.shape))
+            noised = to_grid(parameter.summed_grad.double().numpy() + std * noise, self.max_grad_norm)
+            parameter.grad = torch.from_numpy(noised.astype(np.float32)).view_as(parameter)
+
+    def scale_grad(self) -> None:
+        """Divide by the public N₀ (Opacus would divide by numbers derived from the private one)."""
+        for parameter in self.params:
+            parameter.grad /= self.expected_batch_size
+
+
+def _refuse_unsound(module: nn.Module) -> None:
+    """Raise PrivacyError for modules whose per-patient gradient does not depend on that patient alone."""
+    found = [name for name, m in module.named_modules() if isinstance(m, _BATCH_MODULES)]
+    if found:
+        raise PrivacyError(
+            f"{', '.join(found)}: batch normalisation mixes the patients of a batch and keeps their statistics; "
+            "use GroupNorm or LayerNorm"
+        )
+
+
+def private_step(
+    module: nn.Module,
+    data: PatientTensors,
+    objective: Objective,
+    mechanism: Mechanism,
+    learning_rate: float,
+    batch_size: int,
+) -> None:
+    """One full-batch DP gradient step on ``module``, in place; one Gaussian release, already paid for.
+
+    Args:
+        module: features (B, F) → logits {specialty: (B, K)}; every parameter that requires a gradient trains.
+        data: all patients of the site; none may be left out.
+        batch_size: images per physical batch; changes memory, never the mechanism.
+
+    Guarantees:
+        - The release is a Gaussian mechanism with L2 sensitivity C under adding or removing one patient.
+        - Every trainable parameter got a gradient per image and moved, or PrivacyError is raised.
+
+    Raises:
+        PrivacyError: the module is unsound under differential privacy, or a parameter did not take part.
+    """
+    _refuse_unsound(module)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in parameters]
+    optimizer = PatientDPOptimizer(torch.optim.SGD(parameters, lr=learning_rate), mechanism)
+    hooks = GradSampleHooks(module, loss_reduction="sum")
+    try:
+        batches = list(physical_batches(data.patient, batch_size))
+        if not batches:
+            raise PrivacyError("no patients: a site without any has nothing to train on")
+        for index, rows in enumerate(batches):
+            optimizer.groups = data.patient[rows] - data.patient[rows.start]
+            # Opacus' backward hooks want an input that takes part in the graph.
+            features = data.features[rows].detach().requires_grad_()
+            losses = objective(module(features), data.specialty[rows], data.label[rows])
+            losses.sum().backward()
+            optimizer.signal_skip_step(index < len(batches) - 1)
+            optimizer.step()
+            optimizer.zero_grad()
+    finally:
+        hooks.cleanup()
+    if optimizer.skipped:
+        log.warning("%d patients had a gradient that was not finite and counted as zero", optimizer.skipped)
+    still = [n for (n, p), b in zip(module.named_parameters(), before, strict=True) if torch.equal(p.detach(), b)]
+    if still:
+        raise PrivacyError(f"{', '.join(still)} did not move although noise was added: the release is not what it claims")
+
+
+def plain_step(
+    module: nn.Module, data: PatientTensors, objective: Objective, learning_rate: float, batch_size: int
+) -> None:
+    """The same step without clip and noise: the mean over patients of each patient's mean. For public data only.
+
+    Raises:
+        PrivacyError: there are no patients, or the loss is not finite.
+    """
+    if data.patients == 0:
+        raise PrivacyError("no patients: a site without any has nothing to train on")
+    images = torch.bincount(data.patient)
+    weight = 1.0 / (images[data.patient] * data.patients)  # (R,)
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=learning_rate)
+    for rows in physical_batches(data.patient, batch_size):
+        losses = objective(module(data.features[rows]), data.specialty[rows], data.label[rows])
+        loss = (losses * weight[rows]).sum()
+        if not torch.isfinite(loss):
+            raise PrivacyError(f"the loss is {loss.item()}: lower training.learning_rate, or look at the images")
+        loss.backward()
+    optimizer.step()
