@@ -25,14 +25,21 @@ from clinifed.errors import UpdateError
 from clinifed.files import append_line, write_atomic
 from clinifed.messages import Update
 
-__all__ = ["GLOBAL_FILE", "ROUNDS_FILE", "SERVER_FOLDER", "FederatedRounds", "SafetensorsPersistor", "SpecialtyAggregator"]
+__all__ = [
+    "GLOBAL_FILE",
+    "ROUNDS_FILE",
+    "SERVER_FOLDER",
+    "FederatedRounds",
+    "SafetensorsPersistor",
+    "SpecialtyAggregator",
+]
 
 SERVER_FOLDER = "clinifed"  # beneath the job's run folder on the server
 GLOBAL_FILE = "global.safetensors"
 ROUNDS_FILE = "rounds.jsonl"
 
 
-class SafetensorsPersistor(ModelPersistor):  # type: ignore[misc]
+class SafetensorsPersistor(ModelPersistor):
     """Keeps the global delta as safetensors; starts at zero.
 
     Args:
@@ -65,7 +72,7 @@ class SafetensorsPersistor(ModelPersistor):  # type: ignore[misc]
         write_atomic(self._path(fl_ctx), save(weights))
 
 
-class SpecialtyAggregator(ModelAggregator):  # type: ignore[misc]
+class SpecialtyAggregator(ModelAggregator):
     """Checks every update whole, then averages by specialty under the contract's rule.
 
     Guarantees:
@@ -107,7 +114,7 @@ class SpecialtyAggregator(ModelAggregator):  # type: ignore[misc]
         return FLModel(params_type=ParamsType.DIFF, params=params, current_round=self.round)
 
 
-class FederatedRounds(ModelController):  # type: ignore[misc]
+class FederatedRounds(ModelController):
     """Rounds with a deadline and a quorum of good updates.
 
     Args:
@@ -121,7 +128,9 @@ class FederatedRounds(ModelController):  # type: ignore[misc]
 
     def __init__(self, contract: dict[str, Any], aggregator: SpecialtyAggregator) -> None:
         # A site that fails costs the round that site, not the job: we count good updates ourselves.
-        super().__init__(persistor_id=AppConstants.DEFAULT_PERSISTOR_ID, ignore_result_error=True, task_check_period=0.1)
+        super().__init__(
+            persistor_id=AppConstants.DEFAULT_PERSISTOR_ID, ignore_result_error=True, task_check_period=0.1
+        )
         self.contract = contract
         self.aggregator = aggregator
 
@@ -159,7 +168,9 @@ class FederatedRounds(ModelController):  # type: ignore[misc]
                 self.save_model(model)
             else:
                 lost += 1
-                self.warning(f"round {number}: {len(good)} good updates, {contract.min_updates} needed; model unchanged")
+                self.warning(
+                    f"round {number}: {len(good)} good updates, {contract.min_updates} needed; model unchanged"
+                )
             reasons = {s: self.aggregator.refused.get(s, "no_update") for s in sites if s not in good}
             claims = {s: self.aggregator.accepted[s].meta.get("epsilon_claim") for s in good}
             append_line(

@@ -7,7 +7,7 @@ key, the value and the nearest valid key. Nothing is repaired silently.
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 __all__ = [
     "Aggregation",
@@ -24,8 +24,17 @@ __all__ = [
     "Training",
 ]
 
+_RESERVED = ("mean", "server", "public", "flare")  # these name other things in a run and in its summary
+
+
+def _not_reserved(name: str) -> str:
+    if name in _RESERVED:
+        raise ValueError(f"{name!r} is reserved; give the site another name")
+    return name
+
+
 # FLARE uses a site's name as a folder name and in certificates.
-SiteName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+SiteName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$"), AfterValidator(_not_reserved)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]{0,62}$")]
 DataClass = Literal["hospital", "public", "synthetic"]
 
@@ -195,7 +204,7 @@ class Federation(_Settings):
                 )
             if self.privacy.mode == "dp" and data_class == "hospital" and site.ledger is None:
                 problems.append(
-                    f"sites.{name}.ledger: missing; the data is a hospital's, so its budget must outlive this run: give "
+                    f"sites.{name}.ledger: missing; a hospital's budget must outlive this run: give "
                     "a path outside of it (or mark the data, truthfully, as data_class: public or synthetic)"
                 )
         if self.data.synthesize and any(s.manifest or s.index for s in self.sites.values()):

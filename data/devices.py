@@ -7,6 +7,7 @@ zero-shot accuracy under :data:`STRENGTH`.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,15 +76,15 @@ def photograph(rng: np.random.Generator, scenes: Floats, device: Device) -> Floa
         A new array of the same shape, float32 in [0, 1].
     """
     count, colour = len(scenes), scenes.ndim == 4
-    planes = np.moveaxis(scenes, -1, 1) if colour else scenes[:, None]  # (B, C, S, S)
+    planes: NDArray[Any] = np.moveaxis(scenes, -1, 1) if colour else scenes[:, None]  # (B, C, S, S)
     if device.blur_px > 0.05:  # narrower Gaussians do not reach the neighbouring pixel
         spread = _gaussian(device.blur_px)
         planes = spread @ planes @ spread.T
-    image = np.power(np.clip(planes, 0, 1), np.float32(device.gamma)) * np.float32(device.gain)
+    image: NDArray[Any] = np.power(np.clip(planes, 0, 1), np.float32(device.gamma)) * np.float32(device.gain)
     image += np.float32(device.offset)
     if colour:
         image *= np.asarray(device.cast, np.float32)[:, None, None]
-    image *= 1 - np.float32(device.vignette) * (_AXIS[:, None] ** 2 + _AXIS**2) / 1
+    image *= 1 - np.float32(device.vignette) * (_AXIS[:, None] ** 2 + _AXIS**2)
     phase = rng.uniform(0, 2 * np.pi, (count, 1, 1, 1)).astype(np.float32)
     image += np.float32(device.banding) * np.sin(np.float32(device.banding_rad) * _AXIS[:, None] + phase)
     if device.texture:
@@ -96,7 +97,8 @@ def photograph(rng: np.random.Generator, scenes: Floats, device: Device) -> Floa
 
 def quantise(images: Floats, bits: int) -> NDArray[np.uint16]:
     """Round float32 in [0, 1] to integers 0 … 2**bits - 1; ``bits`` is 1 to 16, the shape stays."""
-    return np.rint(images * np.float32(2**bits - 1)).astype(np.uint16)
+    levels: NDArray[np.uint16] = np.rint(images * np.float32(2**bits - 1)).astype(np.uint16)
+    return levels
 
 
 def _gaussian(sigma_px: float) -> Floats:

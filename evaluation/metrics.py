@@ -24,7 +24,9 @@ class Scores:
         return asdict(self)
 
 
-def patient_scores(logits: NDArray[np.floating], patient: NDArray[np.integer], label: NDArray[np.integer]) -> Scores:
+def patient_scores(
+    logits: NDArray[np.floating], patient: NDArray[np.integer], label: NDArray[np.integer]
+) -> Scores:
     """Scores by patient: the mean of the softmax over a patient's images decides.
 
     Args:

@@ -1,7 +1,7 @@
 """One model in two forms, on the same public images: how far apart are they?
 
-Shapes: N images, D embedding dimension, K labels of a specialty, S the side of an image in pixels. Everything here is
-NumPy; the forms that can be run are torch's (by the caller) and ONNX Runtime's (:func:`run_onnx`).
+Shapes: N images, D embedding dimension, K labels of a specialty, S the side of an image in pixels. Everything
+here is NumPy; the forms that can be run are torch's (by the caller) and ONNX Runtime's (:func:`run_onnx`).
 """
 
 import math
@@ -46,7 +46,7 @@ class Parity:
     logits_max_abs: float  # over all heads
     top1_agreement: float  # fraction of images with the same decision, in [0, 1]
     top1_by_specialty: Mapping[str, float]
-    balanced_accuracy_difference: Mapping[str, float]  # candidate - reference, by specialty; empty without labels
+    balanced_accuracy_difference: Mapping[str, float]  # candidate - reference; empty without labels
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; a figure that is not finite (an overflow in the candidate) becomes None."""
@@ -63,7 +63,7 @@ def run_onnx(path: Path, pixels: Array, *, batch_size: int = 8, threads: int = 2
     """Run an exported model on the CPU through ONNX Runtime.
 
     Args:
-        path: an ONNX file whose input and outputs are named :data:`PIXELS`, :data:`EMBEDDING` and :data:`LOGITS`.
+        path: an ONNX file with the names :data:`PIXELS`, :data:`EMBEDDING` and :data:`LOGITS`.
         pixels: (N, 3, S, S) float32, normalised.
         batch_size: images per run, 1 to the graph's own limit; changes memory only.
         threads: of ONNX Runtime; 2 is what the smallest supported machine has.
@@ -101,9 +101,10 @@ def compare(
         labels: each image's true label as an index into its specialty's labels, if it is known.
     """
     with np.errstate(invalid="ignore"):  # NaN and infinity are results here; the caller judges them
-        norms = np.linalg.norm(reference.embedding, axis=1) * np.linalg.norm(candidate.embedding, axis=1)
-        cosine = np.sum(reference.embedding * candidate.embedding, axis=1) / norms
-        embedding_gap = np.max(np.abs(reference.embedding - candidate.embedding))
+        one, other = reference.embedding.astype(np.float64), candidate.embedding.astype(np.float64)
+        norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+        cosine = np.sum(one * other, axis=1) / norms
+        embedding_gap = np.max(np.abs(one - other))
         logit_gaps = [np.max(np.abs(reference.logits[s] - candidate.logits[s])) for s in reference.logits]
     own = np.asarray(specialties)
     truth = None if labels is None else np.asarray(labels)
@@ -112,12 +113,14 @@ def compare(
     difference: dict[str, float] = {}
     for name in sorted(set(specialties)):
         rows = own == name
-        before, after = reference.logits[name][rows].argmax(axis=1), candidate.logits[name][rows].argmax(axis=1)
+        before = reference.logits[name][rows].argmax(axis=1)
+        after = candidate.logits[name][rows].argmax(axis=1)
         # argmax of a row with a NaN is that NaN's place: a broken row must not count as agreement.
         same[rows] = (before == after) & np.isfinite(candidate.logits[name][rows]).all(axis=1)
         by_specialty[name] = float(same[rows].mean())
         if truth is not None:
-            difference[name] = _balanced_accuracy(after, truth[rows]) - _balanced_accuracy(before, truth[rows])
+            true = truth[rows]
+            difference[name] = _balanced_accuracy(after, true) - _balanced_accuracy(before, true)
     return Parity(
         images=len(own),
         cosine_mean=float(cosine.mean()),

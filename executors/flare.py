@@ -26,7 +26,7 @@ from clinifed.policy import SitePolicy, find_policy
 __all__ = ["SiteExecutor"]
 
 
-class SiteExecutor(Executor):  # type: ignore[misc]
+class SiteExecutor(Executor):
     """Trains one site in each round of a job.
 
     Everything the site permits stands in its own policy file (``local/clinifed/<site>.yaml`` in its FLARE folder);

@@ -58,7 +58,9 @@ def check_contract(contract: Contract, policy: SitePolicy, manifest: Manifest) -
         raise PrivacyError(*problems)
 
 
-def local_steps(part: TrainablePart, data: PatientTensors, contract: Contract, nominal_patients: int, steps: int) -> None:
+def local_steps(
+    part: TrainablePart, data: PatientTensors, contract: Contract, nominal_patients: int, steps: int
+) -> None:
     """``steps`` full-batch steps on ``part``, in place: private ones, already charged, unless privacy is off."""
     promise, training = contract.promise, contract.training
     objective = resolve_objective(promise.objective)

@@ -1,7 +1,7 @@
 """The global model as one ONNX graph: pixels → embedding and the logits of every specialty.
 
-Opset 20 keeps LayerNormalization and Gelu whole (18 splits Gelu) and spells attention out as MatMul, Softmax, MatMul,
-which every TensorRT takes (TensorRT-RTX 1.7 refuses opset 23's FP32 Attention).
+Opset 20 keeps LayerNormalization and Gelu whole (18 splits Gelu) and spells attention out as MatMul, Softmax and
+MatMul, which every TensorRT takes (TensorRT-RTX 1.7 refuses opset 23's FP32 Attention).
 """
 
 import warnings
@@ -38,8 +38,8 @@ class _Flat(nn.Module):
 def export_onnx(model: GlobalModel, size_px: int) -> onnx.ModelProto:
     """Export to ONNX, FP32, opset 20; the same model gives the same bytes.
 
-    The graph's input is ``pixels`` (B, 3, S, S) float32, normalised, with 1 ≤ B ≤ 64; its outputs are ``embedding``
-    (B, D), L2-normalised, and ``logits_<specialty>`` (B, K), all float32.
+    The graph's input is ``pixels`` (B, 3, S, S) float32, normalised, with 1 ≤ B ≤ 64; its outputs are
+    ``embedding`` (B, D), L2-normalised, and ``logits_<specialty>`` (B, K), all float32.
 
     Args:
         model: put into evaluation mode.
@@ -52,8 +52,8 @@ def export_onnx(model: GlobalModel, size_px: int) -> onnx.ModelProto:
     flat = _Flat(model, specialties).eval()
     try:
         with warnings.catch_warnings():
-            # torch's exporter warns about its own and onnxscript's deprecations; what it made is checked below and
-            # compared with torch before it is packed.
+            # torch's exporter warns about its own and onnxscript's deprecations; what it made is checked below
+            # and compared with torch before it is packed.
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 flat,
@@ -80,7 +80,8 @@ def strip_metadata(model: onnx.ModelProto) -> onnx.ModelProto:
     The exporter notes stack traces, which hold file paths, on every node.
     """
     graph = model.graph
-    for item in (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+    values = (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
+    for item in (model, graph, *graph.node, *values):
         item.doc_string = ""
         del item.metadata_props[:]
     return model

@@ -1,7 +1,7 @@
-"""From the FP32 graph to FP16 and INT8. TensorRT 11 is strongly typed: precision is decided here, in the ONNX.
+"""From the FP32 graph to FP16 and INT8: TensorRT 11 is strongly typed, so precision is decided in the ONNX.
 
-INT8 is explicit: every weight product reads its activation and its weight through a QuantizeLinear/DequantizeLinear
-pair, or a DequantizeLinear over weights that are stored as INT8. The rest of that graph then becomes FP16.
+INT8 is explicit: every weight product reads its activation through a QuantizeLinear/DequantizeLinear pair, and
+its weight through a DequantizeLinear over what is stored as INT8. The rest of that graph then becomes FP16.
 """
 
 import copy
@@ -27,7 +27,7 @@ from clinifed.export.presets import HalfPrecision, Precision, Quantization
 __all__ = ["activation_ranges", "convert", "quantize", "to_half", "weight_products"]
 
 FLOAT16_MAX = float(np.finfo(np.float16).max)
-_CALIBRATION_BATCH = 8  # images; memory, not the result: the range of all images is the range of the batches' ranges
+_CALIBRATION_BATCH = 8  # images; changes memory, not the ranges
 
 
 def convert(
@@ -38,7 +38,7 @@ def convert(
     Args:
         model: the FP32 graph of :func:`clinifed.export.onnx.export_onnx`.
         precision: a preset.
-        pixels: (N, 3, S, S) calibration images, from :mod:`clinifed.export.calibration`; used where it quantises.
+        pixels: (N, 3, S, S) public calibration images; used where the preset quantises.
         workdir: an existing folder for intermediate models; files are left there.
 
     Raises:
@@ -84,7 +84,7 @@ def weight_products(model: onnx.ModelProto, options: Quantization) -> list[str]:
         if node.op_type in options.op_types and node.input[1] in weights and node.name not in heads
     ]
     if not found:
-        raise ExportError(f"nothing to quantise: no node of {', '.join(options.op_types)} multiplies by a weight")
+        raise ExportError(f"nothing to quantise: no {' or '.join(options.op_types)} multiplies by a weight")
     return found
 
 
@@ -142,8 +142,8 @@ def quantize(
         nodes_to_exclude=[],
         op_types_to_quantize=list(options.op_types),
         extra_options={
-            # TensorRT's INT8 is symmetric; biases stay floating point and outputs unquantised, so that the residual
-            # stream between the products keeps its precision.
+            # TensorRT's INT8 is symmetric; biases stay floating point and outputs unquantised, so that the
+            # residual stream between the products keeps its precision.
             "ActivationSymmetric": True,
             "WeightSymmetric": True,
             "QuantizeBias": False,
@@ -179,10 +179,10 @@ def _check_quantizers(graph: onnx.GraphProto, nodes: Collection[str]) -> None:
 def to_half(model: onnx.ModelProto, options: HalfPrecision) -> onnx.ModelProto:
     """FP16 but for what ``options`` keeps; inputs and outputs stay FP32. ``model`` is not changed."""
     model = onnx.shape_inference.infer_shapes(copy.deepcopy(model))
-    tail = _cut_tail(model.graph, options.keep_fp32_from)
+    norm = _cut_norm(model.graph, options.keep_fp32_norm)
     _own_initializers(model.graph, [n for n in model.graph.node if n.op_type in options.keep_fp32_ops])
     with warnings.catch_warnings():
-        # It warns of every weight that FP16 rounds to its smallest number; the parity gate judges the sum of these.
+        # It warns of every weight that FP16 rounds to its smallest number; the parity gate judges the result.
         warnings.simplefilter("ignore")
         half = convert_float_to_float16(
             model,
@@ -190,32 +190,35 @@ def to_half(model: onnx.ModelProto, options: HalfPrecision) -> onnx.ModelProto:
             max_finite_val=FLOAT16_MAX,  # its own default would clip weights at 1e4
             op_block_list=list(options.keep_fp32_ops),
         )
-    _join_tail(half.graph, tail)
+    _join_norm(half.graph, norm)
     return strip_metadata(half)
 
 
-def _cut_tail(graph: onnx.GraphProto, first_ops: Collection[str]) -> onnx.GraphProto:
-    """Move the first of ``first_ops`` and all that follows out of ``graph``, whose outputs become what they read.
+def _cut_norm(graph: onnx.GraphProto, first_ops: Collection[str]) -> onnx.GraphProto:
+    """Move the L2 norm, from the first of ``first_ops`` to the embedding, out of ``graph``.
 
-    The converter would give outputs that a kept node makes as FP16, whatever it is told, so it never sees them.
+    What it reads becomes an output of the graph, the embedding an input: both stay FP32, and the converter,
+    which would make FP16 of an output that a kept node computes, never sees them.
     """
     starts = [node for node in graph.node if node.op_type in first_ops]
     after = _downstream(graph, [name for node in starts for name in node.output])
-    names = {node.name for node in (*starts, *after)}
+    heads = {node.name for node in _downstream(graph, [EMBEDDING])}
+    names = {node.name for node in (*starts, *after)} - heads
     moved = [node for node in graph.node if node.name in names]
     _own_initializers(graph, moved)
     made, read = _made_and_read(moved)
 
-    tail = onnx.GraphProto()
-    tail.node.extend(moved)
-    tail.initializer.extend(tensor for tensor in graph.initializer if tensor.name in read)
-    tail.output.extend(output for output in graph.output if output.name in made)
+    norm = onnx.GraphProto()
+    norm.node.extend(moved)
+    norm.initializer.extend(tensor for tensor in graph.initializer if tensor.name in read)
+    norm.output.extend(output for output in graph.output if output.name in made)
     border = [value for value in graph.value_info if value.name in read]
     _replace(graph.node, [node for node in graph.node if node.name not in names])
     _replace(graph.initializer, [tensor for tensor in graph.initializer if tensor.name not in read])
-    _replace(graph.output, [*(output for output in graph.output if output.name not in made), *border])
+    _replace(graph.output, [*border, *(output for output in graph.output if output.name not in made)])
     _replace(graph.value_info, [value for value in graph.value_info if value.name not in made | read])
-    return tail
+    graph.input.extend(norm.output)
+    return norm
 
 
 def _made_and_read(nodes: Collection[onnx.NodeProto]) -> tuple[set[str], set[str]]:
@@ -231,17 +234,20 @@ def _replace(field: Any, values: Sequence[Any]) -> None:
     field.extend(copies)
 
 
-def _join_tail(graph: onnx.GraphProto, tail: onnx.GraphProto) -> None:
-    """Undo :func:`_cut_tail` on the converted graph."""
-    _, read = _made_and_read(tail.node)
-    _replace(graph.output, [output for output in graph.output if output.name not in read])
-    graph.node.extend(tail.node)
-    graph.initializer.extend(tail.initializer)
-    graph.output.extend(tail.output)
+def _join_norm(graph: onnx.GraphProto, norm: onnx.GraphProto) -> None:
+    """Undo :func:`_cut_norm` on the converted graph."""
+    made, read = _made_and_read(norm.node)
+    heads = _downstream(graph, made)
+    names = {node.name for node in heads}
+    tower = [node for node in graph.node if node.name not in names]
+    _replace(graph.node, [*tower, *norm.node, *heads])  # the order in which they can be computed
+    _replace(graph.input, [value for value in graph.input if value.name not in made])
+    _replace(graph.output, [*norm.output, *(output for output in graph.output if output.name not in read)])
+    graph.initializer.extend(norm.initializer)
 
 
 def _own_initializers(graph: onnx.GraphProto, nodes: Collection[onnx.NodeProto]) -> None:
-    """Give ``nodes`` copies of the initialisers they share with others, so that each can have its own type."""
+    """Give ``nodes`` copies of the initialisers they share with others: each can then have its own type."""
     names = {node.name for node in nodes}
     elsewhere = {name for node in graph.node if node.name not in names for name in node.input}
     for tensor in [t for t in graph.initializer if t.name in elsewhere]:

@@ -1,4 +1,4 @@
-"""The presets of ``presets.yaml``, checked: precisions, their parity thresholds, and how engines are built."""
+"""The presets of ``presets.yaml``, checked: precisions, parity thresholds, and how engines are built."""
 
 from functools import cache
 from pathlib import Path
@@ -9,7 +9,16 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from clinifed.evaluation.parity import Parity
 from clinifed.load import read_yaml, validate
 
-__all__ = ["Engine", "HalfPrecision", "Precision", "Presets", "Profile", "Quantization", "Thresholds", "load_presets"]
+__all__ = [
+    "Engine",
+    "HalfPrecision",
+    "Precision",
+    "Presets",
+    "Profile",
+    "Quantization",
+    "Thresholds",
+    "load_presets",
+]
 
 _FILE = Path(__file__).with_name("presets.yaml")
 
@@ -19,7 +28,7 @@ class _Preset(BaseModel):
 
 
 class Profile(_Preset):
-    """TensorRT's optimisation profile: images per request that an engine accepts, and the number it is tuned for."""
+    """TensorRT's optimisation profile: images per request, and the number it is tuned for."""
 
     min: int = Field(ge=1)
     opt: int
@@ -43,7 +52,7 @@ class HalfPrecision(_Preset):
     """What of an FP32 graph becomes FP16: everything but this."""
 
     keep_fp32_ops: tuple[str, ...]  # operators, wherever they stand
-    keep_fp32_from: tuple[str, ...]  # these operators and all that follows them
+    keep_fp32_norm: tuple[str, ...]  # from these, which start the embedding's L2 norm, to the embedding
 
 
 class Quantization(_Preset):
@@ -77,6 +86,9 @@ class Precision(_Preset):
 
     quantize: Quantization | None = None
     half: HalfPrecision | None = None
+    compute_capabilities: tuple[str, ...] | None = (
+        None  # instead of the engine's, where a builder supports fewer
+    )
     parity: Thresholds
 
 
@@ -87,6 +99,13 @@ class Presets(_Preset):
     parity_images: int = Field(ge=1)
     engine: Engine
     precisions: dict[str, Precision]
+
+    def engine_for(self, precision: str) -> Engine:
+        """How an engine of ``precision``, a key of ``precisions``, is built."""
+        fewer = self.precisions[precision].compute_capabilities
+        return (
+            self.engine if fewer is None else self.engine.model_copy(update={"compute_capabilities": fewer})
+        )
 
 
 @cache

@@ -127,7 +127,9 @@ def site_policies(federation: Federation, data: PreparedData, run: Path) -> dict
             ledger=site.ledger or home / "ledger.jsonl",
             cache=home / "cache",
             diary=home / "diary.jsonl",
-            budget=Budget(epsilon=site.budget_epsilon or federation.privacy.epsilon, delta=federation.privacy.delta),
+            budget=Budget(
+                epsilon=site.budget_epsilon or federation.privacy.epsilon, delta=federation.privacy.delta
+            ),
             permit_privacy_off=federation.privacy.mode == "off",
         )
     return policies

@@ -2,9 +2,10 @@
 
     python -m clinifed.jobs.pretrain_tiny --out DIR
 
-It learns from drawn images and their captions alone (:mod:`clinifed.data.phantoms`), on devices near the atlas
-device and never on a site's, so that the demonstration starts from a zero-shot model that is useful and imperfect.
-It knows nothing about real images. The same seed and number of steps give the same weights on the same machine.
+It learns from drawn images and their captions alone (:mod:`clinifed.data.phantoms`), on devices near the
+atlas device and never on a site's, so that the demonstration starts from a zero-shot model that is useful and
+imperfect. It knows nothing about real images. The same seed and number of steps give the same weights on the
+same machine.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -36,9 +38,9 @@ log = logging.getLogger(__name__)
 
 _CONTEXT_LENGTH = 32  # tokens; the longest caption has 15
 _WIDTH = 64  # of both towers and of the embedding
-_MODEL_CFG = {
+_MODEL_CFG: dict[str, Any] = {
     "embed_dim": _WIDTH,
-    # As BiomedCLIP: a timm tower with its own pooling and a linear map without bias; BERT, its [CLS] and a small MLP.
+    # As BiomedCLIP: a timm tower with a linear map without bias; BERT, its [CLS] state and a small MLP.
     "vision_cfg": {
         "timm_model_name": "test_vit",
         "timm_model_pretrained": False,
@@ -49,6 +51,7 @@ _MODEL_CFG = {
     "text_cfg": {
         "hf_model_name": "text",
         "hf_model_pretrained": False,
+        "hf_tokenizer_name": "text",  # the key makes open_clip use the tokenizer in the model directory
         "hf_proj_type": "mlp",
         "hf_pooler_type": "cls_last_hidden_state_pooler",
         "context_length": _CONTEXT_LENGTH,
@@ -73,7 +76,7 @@ class Recipe:
     learning_rate: float = 1.5e-3  # of AdamW, after the warm-up, before the cosine
     weight_decay: float = 0.02
     warmup_steps: int = 60
-    jitter: float = 0.35  # devices of the atlas have a strength of 0 to this
+    jitter: float = 0.6  # devices of the atlas have a strength of 0 to this
 
 
 @dataclass(frozen=True)
@@ -145,14 +148,10 @@ def _write_text_tower(out: Path) -> BertTokenizer:
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"0123456789,.-", *letters]
     vocab += [f"##{letter}" for letter in letters] + [word for word in words if word not in vocab]
     (out / "vocab.txt").write_text("\n".join(vocab) + "\n", encoding="utf-8")
-    tokenizer = BertTokenizer(
-        vocab=str(out / "vocab.txt"), do_lower_case=True, model_max_length=_CONTEXT_LENGTH
-    )
+    tokenizer = BertTokenizer(vocab=str(out / "vocab.txt"), do_lower_case=True, model_max_length=_CONTEXT_LENGTH)
     unknown = [p for p in prompts if tokenizer.unk_token_id in tokenizer(p)["input_ids"]]
     if len(tokenizer) != len(vocab) or unknown:
-        raise ModelError(
-            f"tokenizer has {len(tokenizer)} of {len(vocab)} words; prompts with [UNK]: {unknown}"
-        )
+        raise ModelError(f"tokenizer has {len(tokenizer)} of {len(vocab)} words; prompts with [UNK]: {unknown}")
     tokenizer.save_pretrained(out)
     # No dropout: captions are few, images many, and the weights should depend on the recipe only.
     config = BertConfig(
@@ -186,7 +185,7 @@ def _batches(atlas: Atlas, recipe: Recipe, rng: np.random.Generator) -> Iterator
 
 
 def _fit(model: nn.Module, tokens: Tensor, atlas: Atlas, recipe: Recipe, rng: np.random.Generator) -> float:
-    """AdamW with warm-up and cosine over a fixed number of steps; returns the mean loss of the last hundred."""
+    """AdamW, warm-up, cosine over a fixed number of steps; returns the mean loss of the last hundred."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
@@ -205,23 +204,21 @@ def _fit(model: nn.Module, tokens: Tensor, atlas: Atlas, recipe: Recipe, rng: np
         image, text, scale = model(pixels.permute(0, 3, 1, 2), tokens[captions])[:3]
         loss = _loss(scale * image @ text.T, torch.from_numpy(own), torch.from_numpy(atlas.label[rows]))
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
         if step % 100 == 99:
-            log.info(
-                "step %d: loss %.3f, %.0f s", step + 1, np.mean(losses[-100:]), time.monotonic() - start_s
-            )
+            log.info("step %d: loss %.3f, %.0f s", step + 1, np.mean(losses[-100:]), time.monotonic() - start_s)
     return float(np.mean(losses[-100:]))
 
 
 def _loss(logits: Tensor, own: Tensor, label: Tensor) -> Tensor:
     """Contrastive loss for captions that repeat.
 
-    Plain InfoNCE would push an image away from equal captions of its neighbours. Half of an image's target is its
-    own caption, half is spread over its label's captions; a caption's target is spread over its label's images,
-    and labels count alike.
+    Plain InfoNCE would push an image away from equal captions of its neighbours. Half of an image's target is
+    its own caption, half is spread over its label's captions; a caption's target is spread over its label's
+    images, and labels count alike.
 
     Args:
         logits: (B, U) float32, image by distinct caption.
@@ -240,9 +237,7 @@ def _loss(logits: Tensor, own: Tensor, label: Tensor) -> Tensor:
 
 def main() -> None:
     """Read the command line, train, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="model directory to write; must not exist")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--steps", type=int, default=Recipe.steps)

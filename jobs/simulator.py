@@ -95,7 +95,7 @@ def main() -> None:
     workspace, threads = Path(sys.argv[1]), int(sys.argv[2])
     contract = Contract.model_validate_json((workspace / _CONTRACT_FILE).read_text(encoding="utf-8"))
     environment = SimEnv(clients=sorted(contract.sites), num_threads=threads, workspace_root=str(workspace))
-    FederationRecipe(contract).run(environment)
+    FederationRecipe(contract).simulate(environment)
 
 
 if __name__ == "__main__":

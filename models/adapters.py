@@ -5,6 +5,7 @@ for each mode, where the cut lies.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,11 +47,11 @@ class TrainablePart(nn.Module):
 
 
 class GlobalModel(nn.Module):
-    """Pixels (B, 3, S, S) → embedding (B, D) and logits {specialty: (B, K)}: the model that is evaluated and exported."""
+    """Pixels (B, 3, S, S) → embedding (B, D) and logits {specialty: (B, K)}: what is evaluated and exported."""
 
     def __init__(self, backbone: Backbone, part: TrainablePart) -> None:
         super().__init__()
-        self.visual = backbone.model.visual
+        self.visual: Any = backbone.model.visual  # open_clip's TimmModel
         self.part = part
 
     def features(self, pixels: Tensor) -> Tensor:

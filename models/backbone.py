@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -37,11 +38,11 @@ class Preprocess:
 class Backbone:
     """A frozen BiomedCLIP: image tower, text tower, tokenizer and preprocessing.
 
-    Shapes: B images, N texts, F features before the projection, D embedding dimension.
+    Shapes: N texts, F features before the projection, D embedding dimension.
     """
 
     ref: str
-    model: nn.Module
+    model: Any  # open_clip's CustomTextCLIP, an nn.Module
     tokenizer: Callable[[Sequence[str]], Tensor]
     preprocess: Preprocess
     sha256: str  # of all weights, independent of the file format they came from
@@ -58,21 +59,12 @@ class Backbone:
             ModelError: the backbone ends in something else, so that ``train: projection`` has no meaning.
         """
         proj = getattr(self.model.visual.head, "proj", None)
-        if not isinstance(proj, nn.Linear) or proj.bias is not None:
+        if not isinstance(proj, nn.Linear) or getattr(proj, "bias", None) is not None:
             raise ModelError(
                 f"{self.ref}: the image tower has no bias-free linear `visual.head.proj`, "
                 "so `train: projection` cannot be used; use `train: heads`"
             )
         return proj
-
-    def image_features(self, pixels: Tensor) -> Tensor:
-        """Features before the projection. ``pixels`` (B, 3, S, S) float32, normalised; returns (B, F)."""
-        features: Tensor = self.model.visual.trunk(pixels)
-        return features
-
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        """L2-normalised embeddings (B, D) of ``pixels`` (B, 3, S, S) float32, normalised."""
-        return functional.normalize(self.model.visual(pixels), dim=-1)
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
@@ -123,7 +115,8 @@ def load_backbone(ref: str) -> Backbone:
     """
     name, overrides = _open_clip_ref(ref)
     try:
-        model = open_clip.create_model(name, **overrides)
+        # Without weights open_clip would go on with random ones.
+        model = open_clip.create_model(name, require_pretrained=True, **overrides)
         tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # open_clip, huggingface_hub and safetensors each raise their own kinds
         raise ModelError(

@@ -35,7 +35,8 @@ def cached_features(
     path = folder / f"{sha256(canonical_json(key)).hexdigest()[:32]}.safetensors"
     if path.is_file():
         try:
-            return load_file(path)
+            kept: dict[str, Tensor] = load_file(path)
+            return kept
         except SafetensorError:
             log.warning("a cached embedding file is damaged and is computed anew")
     with torch.inference_mode():

@@ -19,9 +19,7 @@ def prompt_matrix(backbone: Backbone, specialty: Specialty) -> Tensor:
     return functional.normalize(torch.stack(rows), dim=-1)
 
 
-def zero_shot_heads(
-    backbone: Backbone, specialties: Mapping[str, Specialty], temperature: float
-) -> dict[str, Tensor]:
+def zero_shot_heads(backbone: Backbone, specialties: Mapping[str, Specialty], temperature: float) -> dict[str, Tensor]:
     """Head parameters for which ``softmax(head(embedding))`` is zero-shot classification.
 
     ``logits = temperature · embedding · promptsᵀ``: weight (K, D) holds ``temperature · prompts``, bias (K,) is 0.

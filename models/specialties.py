@@ -22,7 +22,11 @@ SPECIALTIES: dict[str, Specialty] = {
     "dermatology": Specialty(
         modality="dermatoscopic photograph",
         labels={
-            "benign": ("a photo of a benign skin lesion", "benign nevus", "a regular benign lesion of the skin"),
+            "benign": (
+                "a photo of a benign skin lesion",
+                "benign nevus",
+                "a regular benign lesion of the skin",
+            ),
             "malignant": (
                 "a photo of a malignant skin lesion",
                 "malignant melanoma",

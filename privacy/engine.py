@@ -18,7 +18,14 @@ from clinifed.errors import PrivacyError
 from clinifed.privacy.noise import NoiseSource, to_grid
 from clinifed.privacy.objectives import Objective
 
-__all__ = ["Mechanism", "PatientDPOptimizer", "PatientTensors", "physical_batches", "plain_step", "private_step"]
+__all__ = [
+    "Mechanism",
+    "PatientDPOptimizer",
+    "PatientTensors",
+    "physical_batches",
+    "plain_step",
+    "private_step",
+]
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +59,7 @@ class Mechanism:
 
 def physical_batches(patient: Tensor, batch_size: int) -> Iterator[slice]:
     """Row ranges of at most ``batch_size`` images that never split a patient (unless alone larger than that)."""
-    ends = (torch.nonzero(torch.diff(patient)).flatten() + 1).tolist() + [len(patient)] if len(patient) else []
+    ends = [*(torch.nonzero(torch.diff(patient)).flatten() + 1).tolist(), len(patient)] if len(patient) else []
     start = previous = 0
     for end in ends:
         if end - start > batch_size and previous > start:
@@ -179,7 +186,9 @@ def private_step(
         log.warning("%d patients had a gradient that was not finite and counted as zero", optimizer.skipped)
     still = [n for (n, p), b in zip(module.named_parameters(), before, strict=True) if torch.equal(p.detach(), b)]
     if still:
-        raise PrivacyError(f"{', '.join(still)} did not move although noise was added: the release is not what it claims")
+        raise PrivacyError(
+            f"{', '.join(still)} did not move although noise was added: the release is not what it claims"
+        )
 
 
 def plain_step(

@@ -98,7 +98,9 @@ class Ledger:
         try:
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT, OWNER_ONLY)
         except OSError as error:
-            raise LedgerError(f"{self.path}: the ledger cannot be opened ({error.strerror}); nothing is released") from error
+            raise LedgerError(
+                f"{self.path}: the ledger cannot be opened ({error.strerror}); nothing is released"
+            ) from error
         with os.fdopen(handle, "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield file
@@ -114,9 +116,11 @@ class Ledger:
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 record = json.loads(line)
+                as_written = canonical_json(record)
                 claimed = record.pop("hash")
                 intact = (
-                    record["prev"] == head
+                    line == as_written  # byte for byte, blanks included
+                    and record["prev"] == head
                     and record["seq"] == number
                     and record["site"] == self.site
                     and sha256(canonical_json(record)).hexdigest() == claimed

@@ -5,8 +5,9 @@ inverse distribution function in float64, four of them are added and halved, and
 rounds to a fixed grid.
 
 What this covers: a seed cannot be guessed, configured, stored or replayed; adding four draws (Holohan & Braghin,
-arXiv 2107.10138) and rounding to a grid blunt the attacks on the gaps of floating-point Gaussians (Mironov 2012; Jin et al.,
-arXiv 2112.05307). What it does not: this is not an exact discrete sampler, and its running time is not constant.
+arXiv 2107.10138) and rounding to a grid blunt the attacks on the gaps of floating-point Gaussians (Mironov 2012;
+Jin et al., arXiv 2112.05307). What it does not: this is not an exact discrete sampler, and its running time is not
+constant.
 """
 
 import os

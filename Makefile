@@ -1,0 +1,42 @@
+# Two commands do everything: `make demo` runs the main job, `make test` passes the tests. Both set up .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+OUT ?= runs/demo
+
+.PHONY: install demo test lint types bench docs-check wheel clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "clinifed needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[rtx,dev]"
+	touch $(INSTALLED)
+
+demo: $(INSTALLED)
+	rm -rf $(OUT)
+	$(BIN)/clinifed demo --out $(OUT)
+
+test: $(INSTALLED) lint types
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/demo_seeds.py
+
+docs-check: $(INSTALLED)
+	$(BIN)/python -m pytest tests/test_docs.py tests/test_layout.py
+
+wheel: $(INSTALLED)
+	$(BIN)/python -m build --wheel
+
+clean:
+	rm -rf .venv build dist runs *.egg-info

@@ -1,0 +1,44 @@
+"""The global checkpoint: one directory, whole or absent, with the weights and the card that says where they come from."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+
+from clinifed.errors import ModelError
+from clinifed.files import file_sha256, sync_folder, write_atomic, write_json
+from clinifed.messages import Parameters
+
+__all__ = ["write_checkpoint"]
+
+_WEIGHTS, _CARD = "model.safetensors", "card.json"  # as clinifed.models.state reads them
+
+
+def write_checkpoint(path: Path, params: Parameters, card: Mapping[str, Any]) -> None:
+    """Write ``path/model.safetensors`` and ``path/card.json``; the card gains ``weights_sha256``.
+
+    Args:
+        params: the shared parameters as they are used (start plus delta), float32.
+
+    Raises:
+        ModelError: ``path`` exists, or a parameter is not finite. Nothing is left behind.
+    """
+    if path.exists():
+        raise ModelError(f"{path} exists; a checkpoint is never overwritten")
+    broken = [name for name, value in params.items() if not np.isfinite(value).all()]
+    if broken:
+        raise ModelError(f"not written: {', '.join(sorted(broken))} holds NaN or infinity")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        write_atomic(temporary / _WEIGHTS, save({k: np.ascontiguousarray(v) for k, v in sorted(params.items())}))
+        write_json(temporary / _CARD, {**card, "weights_sha256": file_sha256(temporary / _WEIGHTS)})
+        temporary.replace(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(path.parent)

@@ -1,0 +1,261 @@
+"""The command ``clinifed``: one thin function per verb; what a verb needs is imported inside it."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from clinifed import __version__
+from clinifed.errors import ClinifedError
+
+__all__ = ["build_parser", "main"]
+
+_INTERRUPTED = 130  # 128 + SIGINT, as shells expect
+
+
+class _Console:
+    """Where a verb speaks: progress to stderr, the result to stdout (as JSON where asked for)."""
+
+    def __init__(self, as_json: bool) -> None:
+        from rich.console import Console
+
+        self.as_json = as_json
+        self.err = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.out = Console(highlight=False)
+
+    def progress(self, text: str) -> None:
+        self.err.print(text, markup=False)
+
+    def result(self, content: Any, *tables: Any) -> None:
+        if self.as_json:
+            print(json.dumps(content, indent=2, default=str))
+        else:
+            for table in tables:
+                self.out.print(table)
+
+
+def _federation(args: argparse.Namespace) -> Any:
+    from clinifed.load import load_federation
+
+    return load_federation(args.config, args.set or ())
+
+
+def _simulate(args: argparse.Namespace, console: _Console) -> None:
+    from clinifed.jobs.report import DISCLAIMER, metrics_table, privacy_table
+    from clinifed.jobs.simulate import simulate
+
+    summary = simulate(_federation(args), args.out, console.progress, args.threads)
+    console.result(summary, metrics_table(summary), privacy_table(summary), DISCLAIMER)
+
+
+def _export(args: argparse.Namespace, console: _Console) -> None:
+    from clinifed.export.pipeline import export_checkpoint
+    from clinifed.jobs.report import export_table
+
+    report = export_checkpoint(
+        args.checkpoint,
+        args.out,
+        precisions=tuple(args.precision.split(",")),
+        targets=tuple(args.target.split(",")),
+        calibration=args.calibration,
+        test=args.test,
+        model_ref=args.model,
+        progress=console.progress,
+    ).to_dict()
+    console.result(report, export_table(report), f"bundle {args.out}")
+
+
+def _demo(args: argparse.Namespace, console: _Console) -> None:
+    from clinifed.export.pipeline import export_checkpoint
+    from clinifed.jobs.report import DISCLAIMER, export_table, metrics_table, privacy_table
+    from clinifed.jobs.simulate import simulate
+    from clinifed.load import load_federation
+
+    config = Path(str(files("clinifed.simulator_configs") / "demo.yaml"))
+    federation = load_federation(config, args.set or ())
+    console.progress(f"clinifed simulate {config} --out {args.out}")
+    summary = simulate(federation, args.out, console.progress)
+    checkpoint, bundle = args.out / "checkpoint", args.out / "bundle"
+    console.progress(f"clinifed export {checkpoint} --out {bundle}")
+    report = export_checkpoint(
+        checkpoint,
+        bundle,
+        precisions=federation.export.precisions,
+        targets=federation.export.targets,
+        calibration=None,
+        test=None,
+        progress=console.progress,
+    ).to_dict()
+    paths = "\n".join(
+        f"{name:10} {args.out / name}" for name in ("summary.json", "checkpoint", "bundle", "sites", "log.txt")
+    )
+    console.result(
+        {"summary": summary, "export": report},
+        metrics_table(summary),
+        privacy_table(summary),
+        export_table(report),
+        DISCLAIMER,
+        paths,
+    )
+
+
+def _job(args: argparse.Namespace, console: _Console) -> None:
+    from clinifed.jobs.export_job import export_job
+
+    written = export_job(_federation(args), args.out, args.workspace, console.progress)
+    console.result({k: str(v) for k, v in written.items()}, *(f"{k:10} {v}" for k, v in written.items()))
+
+
+def _evaluate(args: argparse.Namespace, console: _Console) -> None:
+    from clinifed.jobs.evaluate import evaluate_checkpoint, scores_table
+
+    report = evaluate_checkpoint(args.checkpoint, args.test, args.model)
+    console.result(report, scores_table(report))
+
+
+def _synthesize(args: argparse.Namespace, console: _Console) -> None:
+    from clinifed.config import Synthesize
+    from clinifed.data.synthesize import synthesize
+    from clinifed.load import validate
+
+    settings = {k: v for k, v in vars(args).items() if k in Synthesize.model_fields and v is not None}
+    sites = {}
+    for text in args.site:
+        name, _, specialties = text.partition("=")
+        sites[name] = tuple(specialties.split(","))
+    synthesize(validate(Synthesize, settings, "command line"), sites, args.out)
+    console.result({"out": str(args.out), "sites": sites}, f"synthetic hospitals in {args.out}")
+
+
+def _index(args: argparse.Namespace, console: _Console) -> None:
+    from clinifed.data.index import index_folder
+
+    report = index_folder(
+        args.folder,
+        args.out,
+        specialties=tuple(args.specialties.split(",")),
+        labels=args.labels,
+        columns=dict(pair.split("=", 1) for pair in args.column or ()),
+        values=dict(pair.split("=", 1) for pair in args.value or ()),
+        split=args.split,
+        data_class=args.data_class,
+        overwrite=args.overwrite,
+    )
+    content = {
+        "manifest": str(args.out),
+        "images": report.images,
+        "patients": report.patients,
+        "skipped": dict(report.skipped),
+    }
+    lines = [f"{report.images} images of {report.patients} patients in {args.out}"]
+    lines += [f"left out: {count} × {reason}" for reason, count in report.skipped.items()]
+    console.result(content, *lines)
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, help="a federation's YAML, for example simulator_configs/demo.yaml")
+    _set_argument(parser)
+
+
+def _set_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="override one setting, e.g. rounds=3")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, all verbs."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    common.add_argument("--verbose", action="store_true", help="log more, to stderr")
+    parser = argparse.ArgumentParser(prog="clinifed", description="Differentially private federated BiomedCLIP.")
+    parser.add_argument("--version", action="version", version=f"clinifed {__version__}")
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+
+    def verb(name: str, run: Callable[..., None], help_text: str, parent: Any = verbs) -> argparse.ArgumentParser:
+        added: argparse.ArgumentParser = parent.add_parser(
+            name, help=help_text, description=help_text, parents=[common]
+        )
+        added.set_defaults(run=run)
+        return added
+
+    demo = verb("demo", _demo, "the main job on synthetic hospitals: simulate, then export; no download, no GPU")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run directory (default: runs/demo)")
+    _set_argument(demo)
+
+    simulate = verb("simulate", _simulate, "run a federation on this machine through FLARE's simulator")
+    _config_arguments(simulate)
+    simulate.add_argument("--out", type=Path, required=True, help="run directory to make")
+    simulate.add_argument("--threads", type=int, help="FLARE simulator threads (default: one per site, at most 16)")
+
+    export = verb("export", _export, "global checkpoint to ONNX, FP16, INT8 and TensorRT engines")
+    export.add_argument("checkpoint", type=Path)
+    export.add_argument("--out", type=Path, required=True, help="bundle directory to make")
+    export.add_argument("--precision", default="fp32,fp16,int8", help="comma-separated (default: fp32,fp16,int8)")
+    export.add_argument("--target", default="tensorrt-rtx", help="onnx, tensorrt, tensorrt-rtx (default: tensorrt-rtx)")
+    export.add_argument("--calibration", type=Path, help="manifest of public images (default: the card's)")
+    export.add_argument("--test", type=Path, help="manifest of the public test set (default: the card's)")
+    export.add_argument("--model", help="base model, if not where the card says")
+
+    evaluate = verb("evaluate", _evaluate, "a checkpoint on a public test set")
+    evaluate.add_argument("checkpoint", type=Path)
+    evaluate.add_argument("--test", type=Path, help="manifest of the public test set (default: the card's)")
+    evaluate.add_argument("--model", help="base model, if not where the card says")
+
+    job = verb("job", _job, "write the FLARE job folder of a federation")
+    _config_arguments(job)
+    job.add_argument("--out", type=Path, required=True, help="folder to write the job into")
+    job.add_argument("--workspace", type=Path, help="also prepare data and a workspace for `nvflare simulator`")
+
+    data_parser = verbs.add_parser("data", help="images and manifests of one site")
+    data = data_parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+    synthetic = verb("synthesize", _synthesize, "write synthetic hospitals as DICOM files", data)
+    synthetic.add_argument("--out", type=Path, required=True)
+    synthetic.add_argument(
+        "--site",
+        action="append",
+        required=True,
+        metavar="NAME=SPECIALTY,…",
+        help="one hospital; repeat for more",
+    )
+    for name in (
+        "seed",
+        "style-seed",
+        "patients-per-specialty",
+        "public-patients-per-specialty",
+        "max-images",
+    ):
+        synthetic.add_argument(f"--{name}", type=int)
+    synthetic.add_argument("--shuffle-labels", action="store_true", default=None, help="a control: labels mean nothing")
+    index = verb("index", _index, "make a manifest from a folder of DICOM, PNG or JPEG files", data)
+    index.add_argument("folder", type=Path)
+    index.add_argument("--out", type=Path, required=True, help="manifest.csv to write")
+    index.add_argument("--specialties", required=True, help="comma-separated")
+    index.add_argument("--labels", type=Path, help="CSV with one row per image")
+    index.add_argument(
+        "--column", action="append", metavar="FIELD=COLUMN", help="where the CSV names a field otherwise"
+    )
+    index.add_argument("--value", action="append", metavar="VALUE=LABEL", help="what a value in the label column means")
+    index.add_argument("--split", choices=("train", "holdout"), help="put every patient there")
+    index.add_argument("--data-class", choices=("hospital", "public", "synthetic"), default="hospital")
+    index.add_argument("--overwrite", action="store_true", help="replace an existing manifest")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; exits with the code of the error that ended it."""
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(
+        level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+    try:
+        args.run(args, _Console(args.json))
+    except ClinifedError as error:
+        for problem in error.problems:
+            print(f"clinifed: {problem}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("clinifed: interrupted; everything started has been ended", file=sys.stderr)
+        sys.exit(_INTERRUPTED)

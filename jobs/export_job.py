@@ -1,0 +1,38 @@
+"""``clinifed job``: the FLARE job folder of a federation, and if wished a workspace to try it in."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from clinifed.config import Federation
+from clinifed.errors import ConfigError
+from clinifed.jobs.prepare import prepare_data, site_policies, write_site_folder
+from clinifed.jobs.recipe import FederationRecipe, build_contract
+from clinifed.models.backbone import load_backbone
+
+__all__ = ["export_job"]
+
+
+def export_job(
+    federation: Federation, out: Path, workspace: Path | None, progress: Callable[[str], None]
+) -> dict[str, Path]:
+    """Write ``out/<name>``; with ``workspace``, also data and ``local/`` for ``nvflare simulator -w WORKSPACE``.
+
+    Returns:
+        What was written: ``job``, and ``workspace``.
+
+    Raises:
+        ConfigError: the job folder exists.
+    """
+    target = out / federation.name
+    if target.exists():
+        raise ConfigError(f"--out {out}: {target} exists; choose another folder")
+    contract = build_contract(federation, load_backbone(federation.model.ref))
+    written = {"job": target}
+    if workspace is not None:
+        data = prepare_data(federation, workspace.with_name(f"{workspace.name}-data").resolve(), progress)
+        policies = site_policies(federation, data, workspace.with_name(f"{workspace.name}-data").resolve())
+        write_site_folder(workspace / "local", policies, contract)
+        written["workspace"] = workspace
+    FederationRecipe(contract).write(out)
+    progress(f"contract {contract.sha256()}")
+    return written

@@ -1,0 +1,234 @@
+"""After the last round: the model with its start added back, what it is worth, its checkpoint and the summary."""
+
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from clinifed.aggregators.checkpoint import write_checkpoint
+from clinifed.contract import Contract
+from clinifed.data.manifest import Manifest
+from clinifed.evaluation.metrics import Scores, mean_scores
+from clinifed.executors.features import patient_tensors
+from clinifed.files import read_lines
+from clinifed.jobs.baselines import load_part, local_scores, score_part
+from clinifed.jobs.prepare import PreparedData
+from clinifed.models.adapters import GlobalModel
+from clinifed.models.backbone import Backbone
+from clinifed.models.state import apply_delta
+from clinifed.policy import SitePolicy
+from clinifed.privacy.engine import PatientTensors
+from clinifed.privacy.ledger import Ledger
+
+__all__ = ["SUMMARY_SCHEMA", "evaluate_run", "privacy_claim", "save_checkpoint", "summarise"]
+
+SUMMARY_SCHEMA = "summary.schema.json"
+
+
+def _features(
+    contract: Contract,
+    backbone: Backbone,
+    manifest: Manifest,
+    names: list[str],
+    split: str | None,
+    cache: Path | None,
+) -> PatientTensors:
+    model = GlobalModel(backbone, load_part(contract, backbone)).eval()
+    return patient_tensors(
+        model,
+        backbone,
+        manifest,
+        {name: contract.specialties[name] for name in names},
+        split=split,
+        batch_size=contract.training.batch_size,
+        cache=cache,
+    )
+
+
+def evaluate_run(
+    contract: Contract,
+    backbone: Backbone,
+    data: PreparedData,
+    policies: dict[str, SitePolicy],
+    delta_file: Path,
+    progress: Callable[[str], None],
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Metrics by specialty on the public test set, and the final parameters.
+
+    Without a public test set the metrics are empty. The local baselines need the sites' own images, so they are
+    made for data marked public or synthetic only; for a hospital's they stay null.
+    """
+    names = sorted(contract.specialties)
+    start_part = load_part(contract, backbone)
+    start = {n: t.clone() for n, t in start_part.state_dict().items()}
+    params = apply_delta(start, load_file(delta_file))
+    if data.test is None:
+        return {}, params
+    progress("evaluating on the public test set")
+    tested = sorted({r.specialty for r in data.test.records} & set(names))
+    public = _features(contract, backbone, data.test, tested, None, None)
+    zero_shot = score_part(start_part, public, tested)
+    federated = score_part(load_part(contract, backbone, params), public, tested)
+    alone: dict[bool, dict[str, dict[str, Scores]]] = {True: {}, False: {}}
+    if all(manifest.data_class != "hospital" for manifest in data.sites.values()):
+        progress("training every site alone, for comparison")
+        for site, manifest in data.sites.items():
+            mine = sorted(contract.sites[site].specialties)
+            own = _features(contract, backbone, manifest, mine, "train", policies[site].cache)
+            modes = (True, False) if contract.promise.mode == "dp" else (False,)
+            for private in modes:
+                alone[private][site] = local_scores(
+                    contract, backbone, site, own, public, tested, private=private
+                )
+    metrics: dict[str, Any] = {}
+    for name in tested:
+        entry: dict[str, Any] = {
+            "chance": 1 / len(contract.specialties[name].labels),
+            "zero_shot": zero_shot[name].to_dict(),
+            "local_only_dp": None,
+            "local_only": None,
+            "federated": federated[name].to_dict(),
+        }
+        for private, key in ((True, "local_only_dp"), (False, "local_only")):
+            by_site = {site: scores[name] for site, scores in alone[private].items() if name in scores}
+            if by_site:
+                entry[key] = {
+                    **{site: {"balanced_accuracy": s.balanced_accuracy} for site, s in by_site.items()},
+                    "mean": {"balanced_accuracy": mean_scores(by_site)},
+                }
+        metrics[name] = entry
+    return metrics, params
+
+
+def privacy_claim(
+    contract: Contract, site: str, epsilon: float | None, head: str | None, budget: float | None
+) -> dict[str, Any]:
+    """The privacy statement of one site: a number never goes without its unit, relation and delta."""
+    promise = contract.promise
+    private = promise.mode == "dp"
+    return {
+        "epsilon": epsilon if private else None,
+        "delta": promise.delta if private else None,
+        "unit": promise.unit,
+        "relation": promise.relation,
+        "mechanism": promise.mechanism if private else "none",
+        "noise_multiplier": promise.noise_multiplier if private else None,
+        "max_grad_norm": promise.max_grad_norm if private else None,
+        "nominal_patients": contract.sites[site].nominal_patients,
+        "trust_model": "each site adds its own noise before anything leaves it",
+        "budget_epsilon": budget if private else None,
+        "ledger_head": head if private else None,
+    }
+
+
+def site_claims(contract: Contract, policies: dict[str, SitePolicy]) -> dict[str, dict[str, Any]]:
+    """Every site's claim, from its own verified ledger (simulated sites: their files are at hand)."""
+    claims = {}
+    for name, policy in policies.items():
+        if contract.promise.mode == "off":
+            claims[name] = privacy_claim(contract, name, None, None, None)
+        else:
+            state = Ledger(policy.ledger, name, policy.budget.epsilon, policy.budget.delta).state()
+            claims[name] = privacy_claim(
+                contract, name, state.epsilon_spent, state.head, policy.budget.epsilon
+            )
+    return claims
+
+
+def save_checkpoint(
+    path: Path,
+    contract: Contract,
+    params: dict[str, torch.Tensor],
+    data: PreparedData,
+    rounds: list[dict[str, Any]],
+    claims: dict[str, dict[str, Any]],
+    metrics: dict[str, Any],
+) -> None:
+    """Write the checkpoint with its card."""
+    public = {
+        which: str(Path("..") / manifest.path.relative_to(path.parent))
+        for which, manifest in (("validation", data.validation), ("test", data.test))
+        if manifest is not None and manifest.path.is_relative_to(path.parent)
+    }
+    card = {
+        "schema_version": 1,
+        "clinifed_version": contract.clinifed_version,
+        "federation": contract.federation,
+        "contract_sha256": contract.sha256(),
+        "base_model": contract.base_model.model_dump(),
+        "training": contract.training.model_dump(),
+        "specialties": {n: s.model_dump(mode="json") for n, s in contract.specialties.items()},
+        "rounds": contract.rounds,
+        "sites": {
+            name: {
+                "specialties": list(site.specialties),
+                "rounds_accepted": sum(name in entry["accepted"] for entry in rounds),
+                "privacy": claims[name],
+            }
+            for name, site in contract.sites.items()
+        },
+        "evaluation": {"data": "public test", "manifest_sha256": data.test.sha256, "metrics": metrics}
+        if data.test
+        else None,
+        "public": public,
+        "exportable": True,
+    }
+    write_checkpoint(path, {n: t.numpy().astype(np.float32) for n, t in params.items()}, card)
+
+
+def summarise(
+    contract: Contract,
+    backbone: Backbone,
+    policies: dict[str, SitePolicy],
+    rounds: list[dict[str, Any]],
+    claims: dict[str, dict[str, Any]],
+    metrics: dict[str, Any],
+    wall_s: float,
+) -> dict[str, Any]:
+    """The summary of a finished run, checked against its schema."""
+    sites: dict[str, Any] = {}
+    for name, site in contract.sites.items():
+        diary = {entry["round"]: entry for entry in read_lines(policies[name].diary)}
+        sites[name] = {
+            "specialties": list(site.specialties),
+            "rounds": [
+                {
+                    "round": entry["round"],
+                    "compute_s": diary.get(entry["round"], {}).get("compute_s"),
+                    "bytes_sent": diary.get(entry["round"], {}).get("bytes_sent"),
+                    "bytes_received": diary.get(entry["round"], {}).get("bytes_received"),
+                    "accepted": name in entry["accepted"],
+                    "reason": entry["missing"].get(name),
+                }
+                for entry in rounds
+            ],
+            "privacy": claims[name],
+        }
+    summary = {
+        "schema_version": 1,
+        "status": "finished",
+        "federation": contract.federation,
+        "wall_s": round(wall_s, 3),
+        "rounds": len(rounds),
+        "full_model_bytes": backbone.parameter_bytes,
+        "checkpoint": "checkpoint",
+        "sites": sites,
+        "metrics": metrics,
+    }
+    jsonschema.validate(summary, summary_schema())
+    return summary
+
+
+def summary_schema() -> dict[str, Any]:
+    """The JSON Schema of ``summary.json``, as shipped with the package."""
+    import json
+
+    schema: dict[str, Any] = json.loads(
+        files("clinifed").joinpath(SUMMARY_SCHEMA).read_text(encoding="utf-8")
+    )
+    return schema

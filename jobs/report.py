@@ -1,0 +1,71 @@
+"""The short table a run ends with."""
+
+from typing import Any
+
+from rich.table import Table
+
+__all__ = ["DISCLAIMER", "export_table", "metrics_table", "privacy_table"]
+
+DISCLAIMER = (
+    "Balanced accuracy by patient on the public test set, as it came out: no column is promised to win. "
+    "Synthetic phantoms prove the machinery, not medicine."
+)
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def metrics_table(summary: dict[str, Any]) -> Table:
+    """Per specialty: chance, zero-shot, local-only (with and without DP), federated."""
+    table = Table(title="balanced accuracy")
+    for column in ("specialty", "chance", "zero-shot", "local only, DP", "local only, no DP", "federated"):
+        table.add_column(column, justify="left" if column == "specialty" else "right")
+    for name, entry in summary["metrics"].items():
+        alone = [
+            entry[k]["mean"]["balanced_accuracy"] if entry[k] else None
+            for k in ("local_only_dp", "local_only")
+        ]
+        values = [entry["chance"], entry["zero_shot"]["balanced_accuracy"], *alone]
+        table.add_row(name, *map(_percent, values), _percent(entry["federated"]["balanced_accuracy"]))
+    return table
+
+
+def privacy_table(summary: dict[str, Any]) -> Table:
+    """Per hospital: epsilon spent of its budget, with unit and relation."""
+    table = Table(title="privacy, by each hospital's own ledger")
+    for column in ("hospital", "specialties", "epsilon spent", "budget", "delta", "unit", "rounds counted"):
+        table.add_column(column)
+    for name, site in summary["sites"].items():
+        claim = site["privacy"]
+        spent = "off" if claim["epsilon"] is None else f"{claim['epsilon']:.4f}"
+        budget = "–" if claim["budget_epsilon"] is None else f"{claim['budget_epsilon']:g}"
+        delta = "–" if claim["delta"] is None else f"{claim['delta']:g}"
+        counted = sum(r["accepted"] for r in site["rounds"])
+        unit = f"{claim['unit']}, {claim['relation'].replace('_', '/')}"
+        table.add_row(
+            name,
+            ", ".join(site["specialties"]),
+            spent,
+            budget,
+            delta,
+            unit,
+            f"{counted} of {len(site['rounds'])}",
+        )
+    return table
+
+
+def export_table(report: dict[str, Any]) -> Table:
+    """Per precision: sizes, and parity with the FP32 model in torch."""
+    table = Table(title="export")
+    targets = sorted({t for row in report["precisions"] for t in row["engine_bytes"]})
+    for column in ("precision", "ONNX", *(f"{t} engine" for t in targets), "cosine, mean", "same top-1"):
+        table.add_column(column, justify="left" if column == "precision" else "right")
+    for row in report["precisions"]:
+        sizes = [row["onnx_bytes"], *(row["engine_bytes"].get(t) for t in targets)]
+        text = ["–" if s is None else f"{s / 1e6:.2f} MB" for s in sizes]
+        parity = row["parity"]
+        table.add_row(
+            row["precision"], *text, f"{parity['cosine_mean']:.6f}", _percent(parity["top1_agreement"])
+        )
+    return table

@@ -1,0 +1,74 @@
+"""The FP32 graph: its interface, its parity with torch, and that it tells nothing of the machine."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from clinifed.evaluation.parity import run_onnx
+from clinifed.export.onnx import MAX_BATCH, OPSET, export_onnx, write_onnx
+from clinifed.models.adapters import GlobalModel
+from clinifed.models.backbone import Backbone
+
+
+@pytest.fixture(scope="module")
+def file(graph: onnx.ModelProto, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("onnx") / "fp32.onnx"
+    write_onnx(graph, path)
+    return path
+
+
+def test_the_interface_is_pixels_in_embedding_and_logits_out(graph: onnx.ModelProto) -> None:
+    (pixels,) = graph.graph.input
+    batch, *rest = pixels.type.tensor_type.shape.dim
+    assert pixels.name == "pixels"
+    assert batch.dim_param
+    assert [d.dim_value for d in rest] == [3, 160, 160]
+    assert {o.name for o in graph.graph.output} == {"embedding", "logits_emergency", "logits_radiology"}
+    assert [(o.domain, o.version) for o in graph.opset_import] == [("", OPSET)]
+
+
+def test_layer_norm_and_gelu_stay_whole(graph: onnx.ModelProto) -> None:
+    operators = [node.op_type for node in graph.graph.node]
+    assert operators.count("Gelu") == operators.count("Softmax") > 0
+    assert operators.count("LayerNormalization") == 2 * operators.count("Gelu") + 1
+    assert "Erf" not in operators
+
+
+@pytest.mark.parametrize("batch", [1, 3, MAX_BATCH])
+def test_it_computes_what_torch_computes(
+    batch: int, file: Path, model: GlobalModel, images: dict[str, SimpleNamespace]
+) -> None:
+    pixels = np.resize(images["test"].pixels, (batch, *images["test"].pixels.shape[1:]))
+    with torch.no_grad():
+        embedding, logits = model(torch.from_numpy(pixels))
+    found = run_onnx(file, pixels, batch_size=batch)
+    np.testing.assert_allclose(found.embedding, embedding.numpy(), rtol=0, atol=1e-5)
+    scale = max(value.abs().max().item() for value in logits.values())
+    for name, value in logits.items():
+        np.testing.assert_allclose(found.logits[name], value.numpy(), rtol=0, atol=1e-5 * max(1, scale))
+
+
+def test_the_same_model_gives_the_same_bytes(
+    file: Path, model: GlobalModel, backbone: Backbone, tmp_path: Path
+) -> None:
+    again = tmp_path / "again.onnx"
+    size = write_onnx(export_onnx(model, backbone.preprocess.size_px), again)
+    assert again.read_bytes() == file.read_bytes()
+    assert size == again.stat().st_size
+
+
+def test_the_file_holds_no_path_of_this_machine(file: Path) -> None:
+    content = file.read_bytes()
+    repository = Path(__file__).resolve().parents[2]
+    for trace in (str(repository), str(Path.home()), "site-packages", ".py", 'File "'):
+        assert trace.encode() not in content, trace
+
+
+def test_the_file_is_self_contained(file: Path) -> None:
+    assert [p.name for p in file.parent.iterdir()] == [file.name]
+    loaded = onnx.load(file, load_external_data=False)
+    assert not any(tensor.external_data for tensor in loaded.graph.initializer)

@@ -1,0 +1,45 @@
+"""The noise: standard normal, never the same twice, on the grid."""
+
+import numpy as np
+import pytest
+from scipy.stats import kstest
+
+from clinifed.privacy.noise import GRID, NoiseSource, to_grid
+
+DRAWS = 60_000
+
+
+def test_noise_is_standard_normal() -> None:
+    noise = NoiseSource().standard_normal((DRAWS,))
+    assert noise.std() == pytest.approx(1.0, abs=0.02)
+    assert kstest(noise, "norm").pvalue > 1e-6
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.9])
+def test_the_ruler_notices_missing_and_scaled_noise(scale: float) -> None:
+    noise = scale * NoiseSource().standard_normal((DRAWS,))
+    assert noise.std() != pytest.approx(1.0, abs=0.02)
+
+
+def test_two_sources_are_never_equal() -> None:
+    draws = [NoiseSource().standard_normal((8,)).tobytes() for _ in range(50)]
+    assert len(set(draws)) == 50
+
+
+def test_one_source_does_not_repeat_itself() -> None:
+    source = NoiseSource()
+    assert not np.array_equal(source.standard_normal((100,)), source.standard_normal((100,)))
+
+
+def test_shape_and_block_borders_hold() -> None:
+    assert NoiseSource().standard_normal((3, 70_000)).shape == (3, 70_000)
+    assert NoiseSource().standard_normal(()).shape == ()
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.5, 1.0, 3.0])
+def test_values_lie_on_the_grid_and_move_less_than_a_step(max_grad_norm: float) -> None:
+    values = np.linspace(-5, 5, 1001)
+    rounded = to_grid(values, max_grad_norm)
+    steps = rounded / (GRID * max_grad_norm)
+    assert np.allclose(steps, np.rint(steps), atol=1e-6)
+    assert np.abs(rounded - values).max() <= GRID * max_grad_norm / 2 * (1 + 1e-9)
