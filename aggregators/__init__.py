@@ -1,4 +1,4 @@
-"""Aggregators: the server side, from checked updates to the global checkpoint. ``RULES`` names the aggregation rules."""
+"""Aggregators: the server side, from checked updates to the global checkpoint. ``RULES`` names the rules."""
 
 from clinifed.aggregators.fedavg import fedavg
 

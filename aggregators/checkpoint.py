@@ -1,4 +1,4 @@
-"""The global checkpoint: one directory, whole or absent, with the weights and the card that says where they come from."""
+"""The global checkpoint: one directory, whole or absent, with weights and the card that says where they come from."""
 
 import os
 import shutil

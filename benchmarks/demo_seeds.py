@@ -116,8 +116,8 @@ def main() -> None:
         "",
         "## The demo over data seeds",
         "",
-        "Balanced accuracy by patient on the public test set: zero-shot / mean of the sites alone at the same epsilon /",
-        "federated. The scanners (`style_seed`) were chosen, the seeds below were not.",
+        "Balanced accuracy by patient on the public test set: zero-shot / mean of the sites alone at the same",
+        "epsilon / federated. The scanners (`style_seed`) were chosen, the seeds below were not.",
         "",
         *table("Labels as they are", learned),
     ]

@@ -132,17 +132,28 @@ def _synthesize(args: argparse.Namespace, console: _Console) -> None:
 
 
 def _index(args: argparse.Namespace, console: _Console) -> None:
+    from clinifed.config import FolderIndex
     from clinifed.data.index import index_folder
+    from clinifed.load import validate
 
+    values: dict[str, dict[str, str]] = {}
+    for text in args.value or ():
+        source, _, label = text.partition("=")
+        specialty, _, value = source.partition(":")
+        values.setdefault(specialty, {})[value] = label
+    settings = {
+        "folder": args.folder,
+        "labels": tuple(args.labels or ()),
+        "columns": dict(pair.partition("=")[::2] for pair in args.column or ()),
+        "values": values,
+        "split": args.split,
+        **({} if args.holdout is None else {"holdout": args.holdout}),
+    }
     report = index_folder(
-        args.folder,
+        validate(FolderIndex, settings, "command line"),
         args.out,
-        specialties=tuple(args.specialties.split(",")),
-        labels=args.labels,
-        columns=dict(pair.split("=", 1) for pair in args.column or ()),
-        values=dict(pair.split("=", 1) for pair in args.value or ()),
-        split=args.split,
-        data_class=args.data_class,
+        tuple(args.specialties.split(",")),
+        args.data_class,
         overwrite=args.overwrite,
     )
     content = {
@@ -233,12 +244,15 @@ def build_parser() -> argparse.ArgumentParser:
     index.add_argument("folder", type=Path)
     index.add_argument("--out", type=Path, required=True, help="manifest.csv to write")
     index.add_argument("--specialties", required=True, help="comma-separated")
-    index.add_argument("--labels", type=Path, help="CSV with one row per image")
+    index.add_argument("--labels", type=Path, action="append", metavar="CSV", help="one row per image; repeatable")
     index.add_argument(
         "--column", action="append", metavar="FIELD=COLUMN", help="where the CSV names a field otherwise"
     )
-    index.add_argument("--value", action="append", metavar="VALUE=LABEL", help="what a value in the label column means")
+    index.add_argument(
+        "--value", action="append", metavar="SPECIALTY:VALUE=LABEL", help="what a label in the CSV means"
+    )
     index.add_argument("--split", choices=("train", "holdout"), help="put every patient there")
+    index.add_argument("--holdout", type=float, help="share of patients held out otherwise (default: 0.2)")
     index.add_argument("--data-class", choices=("hospital", "public", "synthetic"), default="hospital")
     index.add_argument("--overwrite", action="store_true", help="replace an existing manifest")
     return parser

@@ -114,10 +114,12 @@ class FolderIndex(_Settings):
     """How to make a site's manifest from a folder of DICOM, PNG or JPEG files and a table of labels."""
 
     folder: Path
-    labels: Path | None = None  # CSV
+    labels: tuple[Path, ...] = ()  # CSV tables, one row per image; image paths count from the table's folder
     columns: dict[str, str] = Field(default_factory=dict)  # image|patient|specialty|label|caption|split → CSV column
-    values: dict[str, str] = Field(default_factory=dict)  # value in the label column → label of the specialty
-    split: Literal["train", "holdout"] | None = None  # put every patient there; default: by the patient's hash
+    values: dict[str, dict[str, str]] = Field(default_factory=dict)  # specialty → value in the label column → label
+    where: dict[str, tuple[str, ...]] = Field(default_factory=dict)  # CSV column → values of the rows to keep
+    split: Literal["train", "holdout"] | None = None  # put every patient there
+    holdout: float = Field(0.2, ge=0, lt=1)  # otherwise this share of patients, by a keyed hash, is held out
 
 
 class Data(_Settings):

@@ -24,9 +24,7 @@ class Scores:
         return asdict(self)
 
 
-def patient_scores(
-    logits: NDArray[np.floating], patient: NDArray[np.integer], label: NDArray[np.integer]
-) -> Scores:
+def patient_scores(logits: NDArray[np.floating], patient: NDArray[np.integer], label: NDArray[np.integer]) -> Scores:
     """Scores by patient: the mean of the softmax over a patient's images decides.
 
     Args:

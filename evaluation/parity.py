@@ -73,9 +73,7 @@ def run_onnx(path: Path, pixels: Array, *, batch_size: int = 8, threads: int = 2
     options.log_severity_level = 3  # errors only: its optimiser's remarks are not for the user of an export
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    batches = [
-        session.run(names, {PIXELS: pixels[i : i + batch_size]}) for i in range(0, len(pixels), batch_size)
-    ]
+    batches = [session.run(names, {PIXELS: pixels[i : i + batch_size]}) for i in range(0, len(pixels), batch_size)]
     whole = dict(zip(names, (np.concatenate(parts) for parts in zip(*batches, strict=True)), strict=True))
     logits = {name.removeprefix(LOGITS): value for name, value in whole.items() if name.startswith(LOGITS)}
     return Outputs(whole[EMBEDDING], logits)

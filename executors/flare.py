@@ -1,6 +1,7 @@
 """The FLARE Executor of a hospital: task in, update out. The only file of this folder that imports nvflare."""
 
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,8 @@ class SiteExecutor(Executor):
             self.log_error(fl_ctx, str(error), fire_event=False)
             return make_reply(ReturnCode.EXECUTION_RESULT_ERROR)
         except Exception as error:
-            # The text may quote data; only its type is logged, and only locally.
-            self.log_error(fl_ctx, f"unexpected {type(error).__name__} while training", fire_event=False)
-            self.logger.debug("details", exc_info=True)
+            # The text may quote data; its type and place are logged, and only locally.
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(place.filename).name}:{place.lineno}"
+            self.log_error(fl_ctx, f"unexpected {type(error).__name__} at {where}", fire_event=False)
             return make_reply(ReturnCode.EXECUTION_EXCEPTION)

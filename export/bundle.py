@@ -74,9 +74,7 @@ class ExportReport:
         }
 
 
-def describe(
-    bundle: Path, card: Card, preprocess: Preprocess, images: TestImages, report: ExportReport
-) -> None:
+def describe(bundle: Path, card: Card, preprocess: Preprocess, images: TestImages, report: ExportReport) -> None:
     """Write ``card.json``, ``labels.json``, ``preprocess.json`` and ``parity.json``."""
     shutil.copyfile(card.file, bundle / CARD)
     labels = {name: _head(name, specialty) for name, specialty in card.specialties.items()}

@@ -68,5 +68,5 @@ def calibration_set(manifest: Manifest, preprocess: Preprocess, count: int) -> C
     loaded = load_pixels(manifest, select_evenly(manifest.records, count), preprocess)
     if not loaded.records:
         raise DataError(f"{manifest.path}: none of the calibration images can be read: {loaded.skipped}")
-    pixels = loaded.tensor.numpy()
+    pixels = loaded.pixels.numpy()
     return CalibrationSet(pixels, manifest.sha256, manifest.data_class, len(pixels))

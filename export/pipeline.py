@@ -69,9 +69,7 @@ def export_checkpoint(
     test_set = public_manifest(card, "test", test, "--test", "Parity figures")
     ranges_from = None
     if any(presets.precisions[name].quantize for name in precisions):
-        ranges_from = public_manifest(
-            card, "validation", calibration, "--calibration", "The quantisation ranges"
-        )
+        ranges_from = public_manifest(card, "validation", calibration, "--calibration", "The quantisation ranges")
 
     progress("loading the base model")
     model, preprocess = load_model(source, card, model_ref or card.base_model)
@@ -120,9 +118,7 @@ def export_checkpoint(
     return report
 
 
-def _check_request(
-    presets: Presets, out: Path, precisions: Sequence[str], targets: Sequence[str]
-) -> dict[str, str]:
+def _check_request(presets: Presets, out: Path, precisions: Sequence[str], targets: Sequence[str]) -> dict[str, str]:
     """Refuse what cannot be done, all at once; returns the engine targets with their packages."""
     problems = [
         f"precision {name!r} is not known; use {', '.join(presets.precisions)}"

@@ -86,9 +86,7 @@ class Precision(_Preset):
 
     quantize: Quantization | None = None
     half: HalfPrecision | None = None
-    compute_capabilities: tuple[str, ...] | None = (
-        None  # instead of the engine's, where a builder supports fewer
-    )
+    compute_capabilities: tuple[str, ...] | None = None  # instead of the engine's, where a builder supports fewer
     parity: Thresholds
 
 
@@ -103,9 +101,7 @@ class Presets(_Preset):
     def engine_for(self, precision: str) -> Engine:
         """How an engine of ``precision``, a key of ``precisions``, is built."""
         fewer = self.precisions[precision].compute_capabilities
-        return (
-            self.engine if fewer is None else self.engine.model_copy(update={"compute_capabilities": fewer})
-        )
+        return self.engine if fewer is None else self.engine.model_copy(update={"compute_capabilities": fewer})
 
 
 @cache

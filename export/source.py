@@ -51,9 +51,7 @@ class Card:
                 dict(card.get("public") or {}),
             )
         except KeyError as error:
-            raise ExportError(
-                f"{file}: key {error} is missing; export a checkpoint clinifed wrote"
-            ) from error
+            raise ExportError(f"{file}: key {error} is missing; export a checkpoint clinifed wrote") from error
         except (TypeError, ValueError, AttributeError) as error:
             raise ExportError(f"{file}: not a card that can be exported: {error}") from error
 
@@ -80,9 +78,7 @@ def public_manifest(card: Card, key: str, given: Path | None, option: str, purpo
             raise ExportError(f"{card.file}: public.{key} names no manifest; give one with {option} MANIFEST")
         path = card.file.parent / named
         if not path.is_file():
-            raise ExportError(
-                f"{card.file}: public.{key} is {named!r}, which is not there; give {option} MANIFEST"
-            )
+            raise ExportError(f"{card.file}: public.{key} is {named!r}, which is not there; give {option} MANIFEST")
     manifest = read_manifest(path)
     require_public(manifest, purpose)
     return manifest
@@ -139,7 +135,7 @@ class TestImages:
                 "give another --test MANIFEST"
             )
         return cls(
-            loaded.tensor.numpy(),
+            loaded.pixels.numpy(),
             [record.specialty for record in loaded.records],
             [order[record.specialty].index(str(record.label)) for record in loaded.records],
             manifest,

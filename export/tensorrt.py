@@ -164,16 +164,12 @@ def build_engine(onnx_path: Path, target: str, options: Engine) -> BuiltEngine:
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise kit.fail(f"no engine came of {onnx_path.name}")
-    return BuiltEngine(
-        bytes(plan), target, kit.package, capabilities, options.profile, complaints=tuple(kit.log)
-    )
+    return BuiltEngine(bytes(plan), target, kit.package, capabilities, options.profile, complaints=tuple(kit.log))
 
 
 def _add_profile(kit: _Toolkit, builder: Any, network: Any, config: Any, profile: Profile) -> None:
     """One optimisation profile over the batch axis; a bad one is False or -1, not an exception."""
-    shape = next(
-        (tuple(t.shape) for t in map(network.get_input, range(network.num_inputs)) if t.name == PIXELS), None
-    )
+    shape = next((tuple(t.shape) for t in map(network.get_input, range(network.num_inputs)) if t.name == PIXELS), None)
     if shape is None:
         raise kit.fail(f"the graph has no input named {PIXELS!r}")
     wanted = builder.create_optimization_profile()

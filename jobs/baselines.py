@@ -60,15 +60,11 @@ def local_scores(
     if not private:
         promise = contract.promise.model_copy(update={"mode": "off"})
         contract = contract.model_copy(update={"promise": promise})
-    local_steps(
-        part, data, contract, agreed.nominal_patients, contract.rounds * contract.training.local_epochs
-    )
+    local_steps(part, data, contract, agreed.nominal_patients, contract.rounds * contract.training.local_epochs)
     return score_part(part, public, names)
 
 
-def load_part(
-    contract: Contract, backbone: Backbone, state: Mapping[str, Tensor] | None = None
-) -> TrainablePart:
+def load_part(contract: Contract, backbone: Backbone, state: Mapping[str, Tensor] | None = None) -> TrainablePart:
     """The trainable part of the whole federation, at its start or with ``state``."""
     training = contract.training
     return build_trainable(backbone, contract.specialties, training.train, training.temperature, state)

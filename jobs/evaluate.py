@@ -39,15 +39,11 @@ def evaluate_checkpoint(checkpoint: Path, test: Path | None, model_ref: str | No
         test = checkpoint / named
     manifest = read_manifest(test)
     if manifest.data_class == "hospital":
-        raise DataError(
-            f"{test}: marked as a hospital's data; figures are reported on public or synthetic data only"
-        )
+        raise DataError(f"{test}: marked as a hospital's data; figures are reported on public or synthetic data only")
     base = read.card["base_model"]
     backbone = load_backbone(model_ref or base["ref"])
     if backbone.sha256 != base["sha256"]:
-        raise ModelError(
-            f"the base model is {backbone.sha256}, the checkpoint was trained on {base['sha256']}"
-        )
+        raise ModelError(f"the base model is {backbone.sha256}, the checkpoint was trained on {base['sha256']}")
     every = TypeAdapter(dict[str, Specialty]).validate_python(read.card["specialties"])
     names = sorted({r.specialty for r in manifest.records} & set(every))
     training = read.card["training"]
@@ -66,9 +62,7 @@ def evaluate_checkpoint(checkpoint: Path, test: Path | None, model_ref: str | No
     return {
         "checkpoint": str(checkpoint),
         "test": {"sha256": manifest.sha256, "data_class": manifest.data_class},
-        "metrics": {
-            n: {"zero_shot": zero_shot[n].to_dict(), "federated": federated[n].to_dict()} for n in names
-        },
+        "metrics": {n: {"zero_shot": zero_shot[n].to_dict(), "federated": federated[n].to_dict()} for n in names},
     }
 
 

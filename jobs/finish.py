@@ -82,9 +82,7 @@ def evaluate_run(
             own = _features(contract, backbone, manifest, mine, "train", policies[site].cache)
             modes = (True, False) if contract.promise.mode == "dp" else (False,)
             for private in modes:
-                alone[private][site] = local_scores(
-                    contract, backbone, site, own, public, tested, private=private
-                )
+                alone[private][site] = local_scores(contract, backbone, site, own, public, tested, private=private)
     metrics: dict[str, Any] = {}
     for name in tested:
         entry: dict[str, Any] = {
@@ -134,9 +132,7 @@ def site_claims(contract: Contract, policies: dict[str, SitePolicy]) -> dict[str
             claims[name] = privacy_claim(contract, name, None, None, None)
         else:
             state = Ledger(policy.ledger, name, policy.budget.epsilon, policy.budget.delta).state()
-            claims[name] = privacy_claim(
-                contract, name, state.epsilon_spent, state.head, policy.budget.epsilon
-            )
+            claims[name] = privacy_claim(contract, name, state.epsilon_spent, state.head, policy.budget.epsilon)
     return claims
 
 
@@ -228,7 +224,5 @@ def summary_schema() -> dict[str, Any]:
     """The JSON Schema of ``summary.json``, as shipped with the package."""
     import json
 
-    schema: dict[str, Any] = json.loads(
-        files("clinifed").joinpath(SUMMARY_SCHEMA).read_text(encoding="utf-8")
-    )
+    schema: dict[str, Any] = json.loads(files("clinifed").joinpath(SUMMARY_SCHEMA).read_text(encoding="utf-8"))
     return schema

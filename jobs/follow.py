@@ -45,9 +45,7 @@ def follow(
         ended = process.poll() is not None
         for name, policy in policies.items():
             for entry in read_lines(policy.diary)[told[name] :]:
-                spent = (
-                    f", epsilon {entry['epsilon_spent']:.3f} spent" if contract.promise.mode == "dp" else ""
-                )
+                spent = f", epsilon {entry['epsilon_spent']:.3f} spent" if contract.promise.mode == "dp" else ""
                 progress(f"  {name}: round {entry['round'] + 1} trained in {entry['compute_s']:.2f} s{spent}")
                 told[name] += 1
                 last_sign = time.monotonic()
@@ -71,11 +69,7 @@ def follow(
                 f"what FLARE said is in {log}"
             )
         time.sleep(_POLL_S)
-    if (
-        not complete
-        or not any(entry["counted"] for entry in rounds)
-        or server_file(workspace, GLOBAL_FILE) is None
-    ):
+    if not complete or not any(entry["counted"] for entry in rounds) or server_file(workspace, GLOBAL_FILE) is None:
         raise FederationError(
             f"the federation ended after {len(rounds)} of {contract.rounds} rounds without a model; "
             f"what FLARE said is in {log}"

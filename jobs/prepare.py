@@ -9,7 +9,7 @@ import yaml
 from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
 from nvflare.app_common.widgets.component_path_authorizer import CLASS_ALLOW_LIST
 
-from clinifed.config import Federation, FolderIndex
+from clinifed.config import DataClass, Federation, FolderIndex
 from clinifed.contract import Contract
 from clinifed.data.index import index_folder
 from clinifed.data.manifest import Manifest, read_manifest
@@ -35,20 +35,11 @@ class PreparedData:
     test: Manifest | None
 
 
-def _index(index: FolderIndex, out: Path, specialties: tuple[str, ...], data_class: str) -> Path:
+def _index(index: FolderIndex, out: Path, specialties: tuple[str, ...], data_class: DataClass) -> Path:
     """Index a folder into ``out/manifest.csv`` unless it is there."""
     path = out / "manifest.csv"
     if not path.exists():
-        report = index_folder(
-            index.folder,
-            path,
-            specialties=specialties,
-            labels=index.labels,
-            columns=index.columns,
-            values=index.values,
-            split=index.split,
-            data_class=data_class,
-        )
+        report = index_folder(index, path, specialties, data_class)
         if report.skipped:
             log.warning("%s: files left out: %s", out.name, dict(report.skipped))
     return path
@@ -69,12 +60,12 @@ def prepare_data(federation: Federation, folder: Path, progress: Callable[[str],
             synthesize(plan.synthesize, {n: s.specialties for n, s in federation.sites.items()}, folder)
         for name in [*federation.sites, "public/validation", "public/test"]:
             here = folder / name
-            index = FolderIndex(folder=here, labels=here / "labels.csv", split="train")
+            index = FolderIndex(folder=here, labels=(here / "labels.csv",), split="train")
             site = federation.sites.get(name)
             paths[name] = _index(index, here, site.specialties if site else every, "synthetic")
     problems: list[str] = []
 
-    def attempt(name: str, index: FolderIndex, specialties: tuple[str, ...], data_class: str) -> None:
+    def attempt(name: str, index: FolderIndex, specialties: tuple[str, ...], data_class: DataClass) -> None:
         progress(f"indexing {name}")
         try:
             paths[name] = _index(index, folder / name, specialties, data_class)
@@ -127,9 +118,7 @@ def site_policies(federation: Federation, data: PreparedData, run: Path) -> dict
             ledger=site.ledger or home / "ledger.jsonl",
             cache=home / "cache",
             diary=home / "diary.jsonl",
-            budget=Budget(
-                epsilon=site.budget_epsilon or federation.privacy.epsilon, delta=federation.privacy.delta
-            ),
+            budget=Budget(epsilon=site.budget_epsilon or federation.privacy.epsilon, delta=federation.privacy.delta),
             permit_privacy_off=federation.privacy.mode == "off",
         )
     return policies

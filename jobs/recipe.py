@@ -79,7 +79,7 @@ def build_contract(federation: Federation, backbone: Backbone) -> Contract:
 
 
 class FederationRecipe(Recipe):
-    """The FLARE recipe of one contract: our controller, aggregator and persistor at the server, our executor at sites."""
+    """The FLARE recipe of one contract: controller, aggregator and persistor at the server, our executor at sites."""
 
     def __init__(self, contract: Contract) -> None:
         plain: dict[str, Any] = contract.model_dump(mode="json")

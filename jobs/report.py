@@ -22,10 +22,7 @@ def metrics_table(summary: dict[str, Any]) -> Table:
     for column in ("specialty", "chance", "zero-shot", "local only, DP", "local only, no DP", "federated"):
         table.add_column(column, justify="left" if column == "specialty" else "right")
     for name, entry in summary["metrics"].items():
-        alone = [
-            entry[k]["mean"]["balanced_accuracy"] if entry[k] else None
-            for k in ("local_only_dp", "local_only")
-        ]
+        alone = [entry[k]["mean"]["balanced_accuracy"] if entry[k] else None for k in ("local_only_dp", "local_only")]
         values = [entry["chance"], entry["zero_shot"]["balanced_accuracy"], *alone]
         table.add_row(name, *map(_percent, values), _percent(entry["federated"]["balanced_accuracy"]))
     return table
@@ -65,7 +62,5 @@ def export_table(report: dict[str, Any]) -> Table:
         sizes = [row["onnx_bytes"], *(row["engine_bytes"].get(t) for t in targets)]
         text = ["–" if s is None else f"{s / 1e6:.2f} MB" for s in sizes]
         parity = row["parity"]
-        table.add_row(
-            row["precision"], *text, f"{parity['cosine_mean']:.6f}", _percent(parity["top1_agreement"])
-        )
+        table.add_row(row["precision"], *text, f"{parity['cosine_mean']:.6f}", _percent(parity["top1_agreement"]))
     return table

@@ -84,15 +84,11 @@ def _run(
             f"delta {promise.delta:g}: {promise.releases} releases at sigma {promise.noise_multiplier:.3f}"
         )
     else:
-        progress(
-            f"{len(contract.sites)} sites, {contract.rounds} rounds, privacy off (public or synthetic data only)"
-        )
+        progress(f"{len(contract.sites)} sites, {contract.rounds} rounds, privacy off (public or synthetic data only)")
     data = prepare_data(federation, run / DATA_FOLDER, progress)
     for name, manifest in data.sites.items():
         count = len({r.patient for r in manifest.records}), len(manifest.records)
-        progress(
-            f"  {name}: {count[0]} patients, {count[1]} images, {', '.join(contract.sites[name].specialties)}"
-        )
+        progress(f"  {name}: {count[0]} patients, {count[1]} images, {', '.join(contract.sites[name].specialties)}")
     policies = site_policies(federation, data, run)
     workspace = run / "flare"
     write_site_folder(workspace / contract.federation / "local", policies, contract)

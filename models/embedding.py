@@ -30,7 +30,8 @@ def cached_features(
     A damaged file is computed anew; file names are hashes and say nothing.
     """
     if folder is None:
-        return compute()
+        with torch.no_grad():
+            return compute()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = folder / f"{sha256(canonical_json(key)).hexdigest()[:32]}.safetensors"
     if path.is_file():
@@ -39,7 +40,7 @@ def cached_features(
             return kept
         except SafetensorError:
             log.warning("a cached embedding file is damaged and is computed anew")
-    with torch.inference_mode():
-        tensors = {name: t.clone().contiguous() for name, t in compute().items()}
+    with torch.no_grad():  # not inference mode: the trainable part differentiates through these
+        tensors = {name: t.contiguous() for name, t in compute().items()}
     write_atomic(path, save(tensors), OWNER_ONLY)
     return tensors

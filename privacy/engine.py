@@ -166,6 +166,7 @@ def private_step(
     parameters = [p for p in module.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in parameters]
     optimizer = PatientDPOptimizer(torch.optim.SGD(parameters, lr=learning_rate), mechanism)
+    module.train()  # Opacus records activations in training mode only
     hooks = GradSampleHooks(module, loss_reduction="sum")
     try:
         batches = list(physical_batches(data.patient, batch_size))

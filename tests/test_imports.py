@@ -14,7 +14,12 @@ def loaded(statement: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "statement",
-    ["import clinifed", "import clinifed.cli", "import clinifed.cli; clinifed.cli.build_parser()", "import clinifed.load"],
+    [
+        "import clinifed",
+        "import clinifed.cli",
+        "import clinifed.cli; clinifed.cli.build_parser()",
+        "import clinifed.load",
+    ],
 )
 def test_the_front_door_loads_neither_torch_nor_flare(statement: str) -> None:
     assert not loaded(statement) & {"torch", "nvflare", "open_clip", "monai", "pydicom"}

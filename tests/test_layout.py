@@ -66,7 +66,10 @@ def test_the_readme_tree_has_one_line_for_each_file() -> None:
     shown = {
         str(p)
         for p in tracked()
-        if p.suffix in {".py", ".yaml", ".json"} and p.parts[0] in {"clinifed", *FOLDERS} and p.name != "__init__.py" and len(p.parts) == 2
+        if p.suffix in {".py", ".yaml", ".json"}
+        and p.parts[0] in {"clinifed", *FOLDERS}
+        and p.name != "__init__.py"
+        and len(p.parts) == 2
     }
     files = {name for name in listed if not name.endswith("/")}
     assert shown - files == set(), "missing from the README's tree"

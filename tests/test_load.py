@@ -118,7 +118,9 @@ def test_names_a_site_may_not_have(tmp_path: Path, name: str) -> None:
 
 
 def test_overrides_are_read_as_yaml(tmp_path: Path) -> None:
-    federation = load_federation(write(tmp_path), ["rounds=7", "privacy.epsilon=0.5", "data.synthesize.shuffle_labels=true"])
+    federation = load_federation(
+        write(tmp_path), ["rounds=7", "privacy.epsilon=0.5", "data.synthesize.shuffle_labels=true"]
+    )
     assert (federation.rounds, federation.privacy.epsilon) == (7, 0.5)
     assert federation.data.synthesize is not None
     assert federation.data.synthesize.shuffle_labels is True
@@ -141,14 +143,19 @@ def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_relative_paths_count_from_the_file(tmp_path: Path) -> None:
-    sites = {"alder": {"specialties": ["radiology"], "manifest": "m.csv", "nominal_patients": 5, "data_class": "public"}}
+    sites = {
+        "alder": {"specialties": ["radiology"], "manifest": "m.csv", "nominal_patients": 5, "data_class": "public"}
+    }
     federation = load_federation(write(tmp_path, sites=sites, data={}))
     assert federation.sites["alder"].manifest == tmp_path / "m.csv"
 
 
 def test_the_nominal_number_of_synthetic_patients_is_the_plans(tmp_path: Path) -> None:
     plan = {"synthesize": {"patients_per_specialty": 20}}
-    sites = {"alder": {"specialties": ["radiology", "dermatology"]}, "birch": {"specialties": ["radiology"], "nominal_patients": 9}}
+    sites = {
+        "alder": {"specialties": ["radiology", "dermatology"]},
+        "birch": {"specialties": ["radiology"], "nominal_patients": 9},
+    }
     federation = load_federation(write(tmp_path, sites=sites, data=plan))
     assert isinstance(federation, Federation)
     assert [federation.nominal_patients(n) for n in ("alder", "birch")] == [40, 9]

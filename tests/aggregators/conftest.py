@@ -40,7 +40,10 @@ def contract() -> Contract:
         min_updates=2,
         round_timeout_s=60,
         rule="fedavg",
-        sites={n: ContractSite(specialties=s, nominal_patients=10, weight=w + 1) for w, (n, s) in enumerate(SITES.items())},
+        sites={
+            name: ContractSite(specialties=specialties, nominal_patients=10, weight=number + 1)
+            for number, (name, specialties) in enumerate(SITES.items())
+        },
         shapes=shapes,
     )
 

@@ -45,6 +45,8 @@ def test_fedavg_equals_a_plain_reference(contract, updates):
     mean = RULES["fedavg"](list(updates.values()), WEIGHTS, contract.shapes)
     for name in contract.shapes:
         declared = [s for s in WEIGHTS if specialty_of(name) in (None, *contract.sites[s].specialties)]
-        expected = np.average([updates[s].params[name] for s in declared], axis=0, weights=[WEIGHTS[s] for s in declared])
+        expected = np.average(
+            [updates[s].params[name] for s in declared], axis=0, weights=[WEIGHTS[s] for s in declared]
+        )
         assert np.allclose(mean[name], expected, atol=1e-6)
         assert mean[name].dtype == np.float32

@@ -50,4 +50,7 @@ def test_the_weight_is_the_contracts(aggregator, updates):
     plain = aggregate(aggregator, [message(u) for u in updates.values()])
     loud = [message(u) for u in updates.values()]
     loud[0].meta["NUM_STEPS_CURRENT_ROUND"] = 1e12
-    assert aggregate(aggregator, loud) in (plain, aggregate(aggregator, [message(updates["birch"]), message(updates["cedar"])]))
+    assert aggregate(aggregator, loud) in (
+        plain,
+        aggregate(aggregator, [message(updates["birch"]), message(updates["cedar"])]),
+    )

@@ -49,9 +49,7 @@ def element_types(model: onnx.ModelProto) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("name", ["fp32", "fp16", "int8"])
-def test_inputs_and_outputs_stay_fp32(
-    name: str, forms: dict[str, onnx.ModelProto], graph: onnx.ModelProto
-) -> None:
+def test_inputs_and_outputs_stay_fp32(name: str, forms: dict[str, onnx.ModelProto], graph: onnx.ModelProto) -> None:
     for field in ("input", "output"):
         found, wanted = (getattr(m.graph, field) for m in (forms[name], graph))
         assert {v.name for v in found} == {v.name for v in wanted}
@@ -59,9 +57,7 @@ def test_inputs_and_outputs_stay_fp32(
 
 
 @pytest.mark.parametrize("name", ["fp16", "int8"])
-def test_kept_operators_compute_in_fp32_and_products_in_fp16(
-    name: str, forms: dict[str, onnx.ModelProto]
-) -> None:
+def test_kept_operators_compute_in_fp32_and_products_in_fp16(name: str, forms: dict[str, onnx.ModelProto]) -> None:
     types = element_types(forms[name])
     kept = {"LayerNormalization", "Softmax", "ReduceL2", "Clip", "Div"}
     for node in forms[name].graph.node:
@@ -146,9 +142,7 @@ def test_conversion_says_nothing(
     assert not caplog.records
 
 
-def test_quantising_without_images_is_refused(
-    graph: onnx.ModelProto, presets: Presets, tmp_path: Path
-) -> None:
+def test_quantising_without_images_is_refused(graph: onnx.ModelProto, presets: Presets, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="needs calibration images"):
         convert(graph, presets.precisions["int8"], None, tmp_path)
 

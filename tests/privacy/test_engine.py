@@ -95,9 +95,16 @@ def test_physical_batches_change_nothing_and_never_split_a_patient(build_part, b
 def test_a_patients_images_are_averaged_before_the_clip(build_part, build_patients):
     """A patient whose images are all the same counts like one with a single such image."""
     part, one = build_part(), build_patients([1, 1])
-    many = PatientTensors(*(torch.cat([t[:1]] * 9 + [t[1:]]) for t in (one.features, one.patient, one.specialty, one.label)))
+    many = PatientTensors(
+        *(torch.cat([t[:1]] * 9 + [t[1:]]) for t in (one.features, one.patient, one.specialty, one.label))
+    )
     objective = OBJECTIVES["cross-entropy"]
     assert torch.allclose(clipped_sum(part, one, objective), clipped_sum(part, many, objective), atol=1e-5)
+
+
+def test_a_module_in_evaluation_mode_trains_all_the_same(build_part, build_patients):
+    part, data = build_part().eval(), build_patients([1, 2])
+    assert clipped_sum(part, data, OBJECTIVES["cross-entropy"]).norm() > 0
 
 
 def test_the_denominator_is_the_public_number(build_part, build_patients):
@@ -144,7 +151,9 @@ def test_a_patient_with_nan_counts_as_zero(build_part, build_patients):
     part, data = build_part(), build_patients([2, 3, 1])
     broken = replace(data, features=torch.where((data.patient == 1).unsqueeze(1), torch.nan, data.features))
     objective = OBJECTIVES["cross-entropy"]
-    assert torch.allclose(clipped_sum(part, broken, objective), clipped_sum(part, without(data, 1), objective), atol=1e-5)
+    assert torch.allclose(
+        clipped_sum(part, broken, objective), clipped_sum(part, without(data, 1), objective), atol=1e-5
+    )
 
 
 def test_batch_normalisation_is_refused(build_patients):

@@ -1,0 +1,164 @@
+"""The manifest of one site: which image belongs to which patient. It is local, owner-only, and names nobody."""
+
+import hmac
+import io
+import os
+import secrets
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
+from typing import Literal, cast
+
+import pandas as pd
+
+from clinifed.errors import DataError
+from clinifed.files import OWNER_ONLY, file_sha256, write_atomic, write_json
+
+__all__ = ["SPLITS", "Manifest", "Record", "pseudonym", "read_manifest", "site_key", "split_of", "write_manifest"]
+
+SPLITS = ("train", "holdout")
+DataClass = Literal["hospital", "public", "synthetic"]
+_CLASSES = ("hospital", "public", "synthetic")
+_DIGITS = 20  # hexadecimal, 80 bits: no two of a billion patients meet by chance
+_SHOWN = 5  # examples in one message
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image."""
+
+    image: str  # path relative to the manifest, opaque
+    patient: str  # keyed pseudonym
+    specialty: str
+    label: str  # one of the specialty's labels, or empty
+    caption: str
+    split: str  # one of SPLITS
+
+
+COLUMNS = tuple(field.name for field in fields(Record))
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All images of one site, or of one public set."""
+
+    path: Path
+    records: tuple[Record, ...]
+    data_class: DataClass
+    sha256: str  # of the CSV file
+
+    @property
+    def folder(self) -> Path:
+        """What image paths are relative to."""
+        return self.path.parent
+
+
+def site_key(folder: Path) -> bytes:
+    """The site's secret (32 bytes) for pseudonyms, in ``folder/site.key``; made where there is none."""
+    path = folder / "site.key"
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, OWNER_ONLY)
+    except FileExistsError:
+        return path.read_bytes()
+    with os.fdopen(handle, "wb") as file:
+        key = secrets.token_bytes(32)
+        file.write(key)
+    return key
+
+
+def pseudonym(key: bytes, *parts: str) -> str:
+    """HMAC-SHA256 of ``parts`` under the site's key, 20 hexadecimal digits: stable there, meaningless elsewhere."""
+    text = "\x1f".join(f"{len(part)}:{part}" for part in parts)
+    return hmac.new(key, text.encode(), sha256).hexdigest()[:_DIGITS]
+
+
+def split_of(key: bytes, patient: str, holdout: float) -> str:
+    """``holdout`` for that share of patients, by the patient alone, so that new patients move nobody."""
+    return "holdout" if int(pseudonym(key, "split", patient), 16) < holdout * 16.0**_DIGITS else "train"
+
+
+def write_manifest(path: Path, records: Sequence[Record], data_class: DataClass) -> Manifest:
+    """Write ``path`` and ``<stem>.meta.json`` beside it, owner-only; returns the manifest as read back."""
+    table = pd.DataFrame([astuple(record) for record in records], columns=list(COLUMNS))
+    content = io.StringIO()
+    table.to_csv(content, index=False)
+    write_atomic(path, content.getvalue().encode(), OWNER_ONLY)
+    meta = {"schema_version": 1, "data_class": data_class, "sha256": file_sha256(path)}
+    write_json(_meta(path), meta, OWNER_ONLY)
+    return read_manifest(path)
+
+
+def _meta(path: Path) -> Path:
+    return path.with_suffix(".meta.json")
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and check a manifest.
+
+    Raises:
+        DataError: with every problem: a missing file or column, an empty table, a bad or repeated image path, a
+            patient in two splits, a file that was changed since it was written.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such manifest; make one with `clinifed data index`")
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a CSV table ({type(error).__name__})") from None
+    if missing := [name for name in COLUMNS if name not in table.columns]:
+        raise DataError(
+            f"{path}: missing column{'s' * (len(missing) > 1)} {', '.join(missing)}; it has {', '.join(table.columns)}"
+        )
+    data_class, problems = _read_meta(path)
+    records = tuple(Record(*row) for row in table[list(COLUMNS)].itertuples(index=False, name=None))
+    problems += _problems(records)
+    if problems:
+        raise DataError(*(f"{path}: {problem}" for problem in problems))
+    return Manifest(path, records, data_class, file_sha256(path))
+
+
+def _read_meta(path: Path) -> tuple[DataClass, list[str]]:
+    """The data class, and what is wrong with the file beside the manifest. Without it, data is a hospital's."""
+    import json
+
+    meta_path = _meta(path)
+    try:
+        meta = json.loads(meta_path.read_text(encoding="utf-8"))
+        data_class, digest = meta["data_class"], meta["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "hospital", [f"{meta_path.name} beside it is missing or damaged; run `clinifed data index` again"]
+    problems = []
+    if data_class not in _CLASSES:
+        problems.append(f"{meta_path.name}: data_class {data_class!r} is not one of {', '.join(_CLASSES)}")
+    if digest != file_sha256(path):
+        problems.append("changed since it was written; run `clinifed data index` again")
+    return cast(DataClass, data_class), problems
+
+
+def _problems(records: Sequence[Record]) -> list[str]:
+    """What is wrong with the rows."""
+    if not records:
+        return ["no images; a site without any cannot take part"]
+    problems: dict[str, list[int]] = defaultdict(list)
+    seen: set[str] = set()
+    split: dict[str, str] = {}
+    for row, record in enumerate(records, start=2):  # row 1 is the header
+        inside = PurePosixPath(record.image)
+        if not record.image or inside.is_absolute() or ".." in inside.parts:
+            problems["image path is empty, absolute or leaves the folder"].append(row)
+        if record.image in seen:
+            problems["image is listed twice"].append(row)
+        if not record.patient:
+            problems["patient is blank"].append(row)
+        if record.split not in SPLITS:
+            problems[f"split is not one of {', '.join(SPLITS)}"].append(row)
+        if split.setdefault(record.patient, record.split) != record.split:
+            problems["patient is in two splits"].append(row)
+        seen.add(record.image)
+    return [
+        f"{what}: row{'s' * (len(rows) > 1)} {', '.join(map(str, rows[:_SHOWN]))}"
+        + (f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else "")
+        for what, rows in problems.items()
+    ]
