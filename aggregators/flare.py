@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 from nvflare.app_common.abstract.model import ModelLearnable, ModelLearnableKey, make_model_learnable
 from nvflare.app_common.abstract.model_persistor import ModelPersistor
@@ -134,6 +136,17 @@ class FederatedRounds(ModelController):
         self.contract = contract
         self.aggregator = aggregator
 
+    def _accept_train_result(
+        self, client_name: str, result: Shareable, fl_ctx: FLContext, is_unknown_task: bool = False
+    ) -> bool:
+        """Note why a site sent no update; a refusal by policy says "policy" and no more."""
+        if not is_unknown_task and result is not None:
+            code = result.get_return_code()
+            if code != ReturnCode.OK:
+                self.aggregator.refused[client_name] = "policy" if code == ReturnCode.TASK_UNSUPPORTED else "failed"
+        accepted: bool = super()._accept_train_result(client_name, result, fl_ctx, is_unknown_task)
+        return accepted
+
     def run(self) -> None:
         """The whole federation, round by round."""
         contract = Contract.model_validate(self.contract)
@@ -171,7 +184,7 @@ class FederatedRounds(ModelController):
                 self.warning(
                     f"round {number}: {len(good)} good updates, {contract.min_updates} needed; model unchanged"
                 )
-            reasons = {s: self.aggregator.refused.get(s, "no_update") for s in sites if s not in good}
+            reasons = {s: self.aggregator.refused.get(s, "deadline") for s in sites if s not in good}
             claims = {s: self.aggregator.accepted[s].meta.get("epsilon_claim") for s in good}
             append_line(
                 diary,
