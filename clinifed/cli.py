@@ -45,10 +45,11 @@ def _federation(args: argparse.Namespace) -> Any:
 
 
 def _simulate(args: argparse.Namespace, console: _Console) -> None:
+    federation = _federation(args)  # a wrong setting is told before the heavy imports
     from clinifed.jobs.report import DISCLAIMER, metrics_table, privacy_table
     from clinifed.jobs.simulate import simulate
 
-    summary = simulate(_federation(args), args.out, console.progress, args.threads)
+    summary = simulate(federation, args.out, console.progress, args.threads)
     console.result(summary, metrics_table(summary), privacy_table(summary), DISCLAIMER)
 
 
@@ -104,9 +105,10 @@ def _demo(args: argparse.Namespace, console: _Console) -> None:
 
 
 def _job(args: argparse.Namespace, console: _Console) -> None:
+    federation = _federation(args)
     from clinifed.jobs.export_job import export_job
 
-    written = export_job(_federation(args), args.out, args.workspace, console.progress)
+    written = export_job(federation, args.out, args.workspace, console.progress)
     console.result({k: str(v) for k, v in written.items()}, *(f"{k:10} {v}" for k, v in written.items()))
 
 

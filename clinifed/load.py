@@ -104,7 +104,8 @@ def validate(model: type[_M], content: Mapping[str, Any], source: str) -> _M:
 
 
 def load_federation(path: Path, overrides: Sequence[str] = ()) -> Federation:
-    """The federation in ``path``, with ``key=value`` overrides applied; relative paths count from the file.
+    """The federation in ``path``, with ``key=value`` overrides applied; relative paths count from
+    ``data.root``, and that from the file.
 
     Raises:
         ConfigError: with every problem found.
@@ -115,8 +116,9 @@ def load_federation(path: Path, overrides: Sequence[str] = ()) -> Federation:
     return _absolute(validate(Federation, content, str(path)), path.resolve().parent)
 
 
-def _absolute(federation: Federation, base: Path) -> Federation:
-    """The same federation with every relative path counted from ``base``."""
+def _absolute(federation: Federation, folder: Path) -> Federation:
+    """The same federation with every relative path made absolute, by ``data.root`` and the YAML's ``folder``."""
+    base = (folder / federation.data.root.expanduser()).resolve()
 
     def walk(value: Any) -> Any:
         if isinstance(value, BaseModel):
@@ -124,8 +126,10 @@ def _absolute(federation: Federation, base: Path) -> Federation:
             return value.model_copy(update=changed)
         if isinstance(value, dict):
             return {k: walk(v) for k, v in value.items()}
+        if isinstance(value, tuple):
+            return tuple(walk(v) for v in value)
         if isinstance(value, Path):
-            return (base / value.expanduser()).resolve()
+            return base if value == federation.data.root else (base / value.expanduser()).resolve()
         return value
 
     absolute = walk(federation)

@@ -19,7 +19,7 @@ __all__ = ["STRENGTH", "Device", "draw_device", "photograph", "quantise"]
 Floats = NDArray[np.float32]
 
 # How far the sites' devices lie from the atlas, per specialty.
-STRENGTH: Mapping[str, float] = {"radiology": 0.65, "dermatology": 0.9, "emergency": 0.75, "cardiology": 1.2}
+STRENGTH: Mapping[str, float] = {"radiology": 0.6, "dermatology": 0.55, "emergency": 0.95, "cardiology": 0.75}
 
 _AXIS = np.linspace(-1, 1, SIZE_PX, dtype=np.float32)
 _TEXTURE_GRIDS = (12, 24, 50)  # structures of about 13, 7 and 3 px

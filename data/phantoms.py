@@ -7,8 +7,7 @@ and says nothing about medicine. Devices, which make sites differ, are in :mod:`
 Shapes: N patients, B images, S = :data:`SIZE_PX`.
 """
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -23,8 +22,6 @@ __all__ = [
     "LABELS",
     "SIZE_PX",
     "Patients",
-    "caption_words",
-    "draw_captions",
     "draw_patients",
     "render",
     "smooth_noise",
@@ -50,7 +47,6 @@ _ANATOMY = 8  # independent standard normals per patient: sizes, positions, tone
 _SEVERITY_MEAN, _SEVERITY_STD, _SEVERITY_RANGE = 0.86, 0.31, (0.15, 1.6)
 _AXIS = np.linspace(-1, 1, SIZE_PX, dtype=np.float32)
 _Y, _X = _AXIS[:, None], _AXIS[None, :]
-_SIDES, _TONES = ("left", "right"), ("dark", "light")
 
 
 @dataclass(frozen=True)
@@ -92,23 +88,6 @@ def render(rng: np.random.Generator, patients: Patients, owner: Integers) -> Flo
     """
     scene = _SCENES[patients.specialty](rng, _Pose.draw(rng, patients, owner))
     return np.clip(scene, 0, 1).astype(np.float32, copy=False)
-
-
-def draw_captions(rng: np.random.Generator, patients: Patients) -> list[str]:
-    """One report line per patient, the text a pair of image and text is trained on."""
-    lines = []
-    for label, side, tone in zip(patients.label, patients.side, patients.anatomy[:, 0], strict=True):
-        choices = _CAPTIONS[patients.specialty][LABELS[patients.specialty][label]]
-        line = choices[rng.integers(len(choices))]
-        lines.append(line.format(side=_SIDES[int(side > 0)], tone=_TONES[int(tone > 0)]))
-    return lines
-
-
-def caption_words(more: Iterable[str] = ()) -> list[str]:
-    """Every word of letters in a caption or in ``more``, lower case, sorted: the tiny model's vocabulary."""
-    texts = [line for labels in _CAPTIONS.values() for lines in labels.values() for line in lines]
-    texts += [*_SIDES, *_TONES, *more]
-    return sorted({word for text in texts for word in re.findall(r"[a-z]+", re.sub(r"{\w+}", " ", text.lower()))})
 
 
 @cache
@@ -161,16 +140,18 @@ def _chest(rng: np.random.Generator, p: _Pose) -> _Grid:
     """Lungs, heart, ribs; ``abnormal`` adds a soft opacity in the lung of the patient's side."""
     a, x, y = p.anatomy, p.x, p.y
     width, height, gap = 0.33 + 0.02 * a[0], 0.62 + 0.03 * a[1], 0.42 + 0.015 * a[2]
-    lungs: _Grid = sum(_inside(((x - s * gap) / width) ** 2 + ((y + 0.05) / height) ** 2, 6) for s in (-1, 1))
+    left, right = (_inside(((x - s * gap) / width) ** 2 + ((y + 0.05) / height) ** 2, 6) for s in (-1, 1))
+    lungs = left + right
     body = _inside((x / 1.0) ** 4 + (y / 1.25) ** 4, 8)
     heart = _inside(((x - 0.12) / (0.26 + 0.02 * a[3])) ** 2 + ((y - 0.28) / 0.30) ** 2, 5)
     ribs = np.sin((11 + 0.4 * a[4]) * (y + 0.35 * np.abs(x) ** 1.5) + a[5])
     vessels = smooth_noise(rng, len(x), 20)
-    scene = body * (0.58 - 0.33 * lungs * (1 - 0.8 * heart) + 0.12 * heart + 0.035 * ribs)
+    scene: _Grid = body * (0.58 - 0.33 * lungs * (1 - 0.8 * heart) + 0.12 * heart + 0.035 * ribs)
     scene += lungs * 0.025 * vessels
     centre_x, centre_y = p.side * (0.42 + 0.05 * np.tanh(a[6])), 0.05 + 0.28 * np.tanh(a[7])
     opacity = np.exp(-(((x - centre_x) / 0.25) ** 2 + ((y - centre_y) / 0.25) ** 2))
-    return scene + (p.label == 1) * 0.36 * p.severity * opacity * (0.3 + 0.7 * lungs)
+    scene += (p.label == 1) * 0.36 * p.severity * opacity * (0.3 + 0.7 * lungs)
+    return scene
 
 
 def _heart(rng: np.random.Generator, p: _Pose) -> _Grid:
@@ -185,7 +166,8 @@ def _heart(rng: np.random.Generator, p: _Pose) -> _Grid:
     depth = np.sqrt(x**2 + (y + 1.05) ** 2)
     fan = _inside(np.abs(x) / (0.78 * (y + 1.05) + 0.02), 14) * _inside(depth / 1.95, 40)
     speckle = 0.75 + 0.18 * smooth_noise(rng, len(x), 60) + 0.12 * smooth_noise(rng, len(x), 24)
-    return fan * (0.04 + (tissue + 0.55 * ring) * speckle)
+    scene: _Grid = fan * (0.04 + (tissue + 0.55 * ring) * speckle)
+    return scene
 
 
 def _skin(rng: np.random.Generator, p: _Pose) -> _Grid:
@@ -225,7 +207,8 @@ def _burn(rng: np.random.Generator, p: _Pose) -> _Grid:
     share = [np.clip(1 - np.abs(depth - k), 0, 1) for k in range(3)]
     share[0], share[2] = np.where(depth < 0, 1, share[0]), np.where(depth > 2, 1, share[2])
     wound = share[0] * red + share[1] * wet + share[2] * eschar
-    return (1 - patch) * _skin(rng, p) + patch * wound
+    scene: _Grid = (1 - patch) * _skin(rng, p) + patch * wound
+    return scene
 
 
 _SCENES: Mapping[str, Callable[[np.random.Generator, _Pose], _Grid]] = {
@@ -233,43 +216,4 @@ _SCENES: Mapping[str, Callable[[np.random.Generator, _Pose], _Grid]] = {
     "dermatology": _lesion,
     "emergency": _burn,
     "cardiology": _heart,
-}
-
-_CAPTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "radiology": {
-        "normal": (
-            "a chest x-ray of a normal chest",
-            "normal lungs on a chest x-ray",
-            "clear lungs, no opacity on the {side}",
-        ),
-        "abnormal": (
-            "a chest x-ray with an opacity in the {side} lung",
-            "lung opacity on a chest x-ray",
-            "an opacity in the {side} lung",
-        ),
-    },
-    "dermatology": {
-        "benign": (
-            "a photo of a benign lesion on {tone} skin",
-            "benign nevus of the skin",
-            "a regular benign lesion on {tone} skin",
-        ),
-        "malignant": (
-            "a photo of a malignant lesion on {tone} skin",
-            "malignant melanoma of the skin",
-            "an irregular malignant lesion on {tone} skin",
-        ),
-    },
-    "emergency": {
-        "superficial": ("a photo of a superficial burn on {tone} skin", "a red superficial burn of the skin"),
-        "partial": (
-            "a photo of a partial thickness burn on {tone} skin",
-            "a partial thickness burn with blisters",
-        ),
-        "deep": ("a photo of a deep burn on {tone} skin", "a deep burn with eschar"),
-    },
-    "cardiology": {
-        "normal": ("an echocardiogram of a normal ventricle", "normal ventricle on ultrasound"),
-        "dilated": ("an echocardiogram of a dilated ventricle", "dilated ventricle on ultrasound"),
-    },
 }

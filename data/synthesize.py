@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 from pydicom.uid import generate_uid
 
 from clinifed.config import Synthesize
+from clinifed.data.captions import draw_captions
 from clinifed.data.devices import STRENGTH, Device, draw_device, photograph
 from clinifed.data.modalities import MODALITIES, Identity, Modality, dicom_object
-from clinifed.data.phantoms import LABELS, Patients, draw_captions, draw_patients, render
+from clinifed.data.phantoms import LABELS, Patients, draw_patients, render
 from clinifed.errors import DataError
 
 __all__ = ["COLUMNS", "PUBLIC", "synthesize"]
