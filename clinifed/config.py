@@ -125,7 +125,7 @@ class FolderIndex(_Settings):
 class Data(_Settings):
     """Where images come from when the sites do not name manifests of their own."""
 
-    root: Path = Path(".")  # what relative paths below and in the sites count from; itself from the YAML's folder
+    root: Path = Path()  # what relative paths below and in the sites count from; itself from the YAML's folder
     synthesize: Synthesize | None = None
     public: PublicSets | None = None
     public_index: dict[Literal["validation", "test"], FolderIndex] | None = None

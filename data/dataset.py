@@ -3,40 +3,21 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from monai.transforms import CenterSpatialCrop, Compose, NormalizeIntensity, Transform
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from clinifed.data.dicom import read_pixels
 from clinifed.data.manifest import Manifest, Record
 from clinifed.errors import DataError
 
-__all__ = ["Batch", "Patient", "Preprocess", "iter_pixels", "load_pixels", "patients", "transform"]
+if TYPE_CHECKING:
+    from clinifed.data.transforms import Preprocess
 
-
-class Preprocess(Protocol):
-    """What the backbone says of its input; all of it public constants."""
-
-    @property
-    def size_px(self) -> int:
-        """Height = width, pixels."""
-
-    @property
-    def mean(self) -> tuple[float, ...]:
-        """Per channel, of pixels in [0, 1]."""
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        """Per channel."""
-
-    @property
-    def interpolation(self) -> str:
-        """``bicubic`` or ``bilinear``."""
+__all__ = ["Batch", "Patient", "iter_pixels", "load_pixels", "patients"]
 
 
 @dataclass(frozen=True)
@@ -65,54 +46,25 @@ def patients(manifest: Manifest, split: str | None, specialties: Sequence[str]) 
     return tuple(Patient(key, tuple(sorted(bags[key], key=lambda r: r.image))) for key in sorted(bags))
 
 
-class ToChannels(Transform):
-    """(H, W) or (H, W, 3) → (3, H, W) tensor."""
-
-    def __call__(self, pixels: NDArray[np.float32]) -> Tensor:
-        """Grey is repeated in all three channels."""
-        tensor = torch.from_numpy(np.ascontiguousarray(pixels))
-        return tensor.expand(3, -1, -1) if tensor.ndim == 2 else tensor.permute(2, 0, 1)
+# A strip of 1 × 65535 pixels would be resized to 224 × 14.7 million.
+_MAX_ASPECT = 32
 
 
-class ResizeShortest(Transform):
-    """The shortest side to ``size_px``, antialiased, as Pillow does and the backbone was trained with.
-
-    MONAI's Resize smooths with a Gaussian instead, which differs visibly on X-rays.
-    """
-
-    def __init__(self, size_px: int, interpolation: str) -> None:
-        self.size_px, self.interpolation = size_px, interpolation
-
-    def __call__(self, image: Tensor) -> Tensor:
-        """(3, H, W) → (3, H', W') with min(H', W') = ``size_px``, in [0, 1]."""
-        height, width = image.shape[1:]
-        shortest = min(height, width)
-        if shortest == self.size_px:
-            return image
-        size = [max(self.size_px, int(self.size_px * side / shortest)) for side in (height, width)]
-        resized = functional.interpolate(image[None], size, mode=self.interpolation, antialias=True)
-        return resized[0].clamp(0, 1)  # bicubic overshoots at edges
-
-
-def transform(preprocess: Preprocess) -> Compose:
-    """Pixels in [0, 1] → (3, S, S) float32 as the backbone wants them (equal to open_clip's own within 1e-2)."""
-    return Compose(
-        [
-            ToChannels(),
-            ResizeShortest(preprocess.size_px, preprocess.interpolation),
-            CenterSpatialCrop((preprocess.size_px, preprocess.size_px)),
-            NormalizeIntensity(subtrahend=preprocess.mean, divisor=preprocess.std, channel_wise=True),
-        ]
-    )
+def _check_shape(pixels: NDArray[np.float32]) -> None:
+    height, width = pixels.shape[:2]
+    if max(height, width) > _MAX_ASPECT * min(height, width):
+        raise DataError("image is too elongated")
 
 
 def iter_pixels(
-    manifest: Manifest, records: Sequence[Record], preprocess: Preprocess, batch_size: int
+    manifest: Manifest, records: Sequence[Record], preprocess: "Preprocess", batch_size: int
 ) -> Iterator[Batch]:
     """Batches of at most ``batch_size`` images, in order; memory does not grow with the number of images.
 
     An image that cannot be read is left out and counted, never fatal.
     """
+    from clinifed.data.transforms import transform  # MONAI takes six seconds to import: only where images are read
+
     apply = transform(preprocess)
     for start in range(0, len(records), batch_size):
         tensors: list[Tensor] = []
@@ -120,7 +72,9 @@ def iter_pixels(
         skipped: Counter[str] = Counter()
         for record in records[start : start + batch_size]:
             try:
-                image = apply(read_pixels(manifest.folder / record.image))
+                pixels = read_pixels(manifest.folder / record.image)
+                _check_shape(pixels)
+                image = apply(pixels)
             except DataError as reason:
                 skipped[str(reason)] += 1
                 continue
@@ -130,6 +84,8 @@ def iter_pixels(
         yield Batch(torch.stack(tensors) if tensors else torch.zeros(0, 3, size, size), tuple(read), skipped)
 
 
-def load_pixels(manifest: Manifest, records: Sequence[Record], preprocess: Preprocess) -> Batch:
+def load_pixels(manifest: Manifest, records: Sequence[Record], preprocess: "Preprocess") -> Batch:
     """All of ``records`` at once, for small sets."""
-    return next(iter_pixels(manifest, records, preprocess, max(1, len(records))), Batch(torch.zeros(0), (), Counter()))
+    size = preprocess.size_px
+    nothing = Batch(torch.zeros(0, 3, size, size), (), Counter())
+    return next(iter_pixels(manifest, records, preprocess, max(1, len(records))), nothing)

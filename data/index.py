@@ -14,6 +14,7 @@ import pandas as pd
 from clinifed.config import FolderIndex
 from clinifed.data.dicom import identity, is_dicom
 from clinifed.data.manifest import (
+    SPLITS,
     DataClass,
     Manifest,
     Record,
@@ -27,6 +28,7 @@ from clinifed.errors import DataError
 __all__ = ["IndexReport", "index_folder"]
 
 _PICTURES = (".png", ".jpg", ".jpeg")
+_OPAQUE = re.compile(r"^[0-9a-f]{20}\.(dcm|png|jpe?g)$")
 _FIELDS = ("image", "patient", "specialty", "label", "caption", "split")
 # A key that several people share would make them one patient, and one person several; so it is refused.
 _NOBODY = re.compile(r"^(ANON.*|UNKNOWN|NONE|NULL|N/?A|TEST|PATIENT|0+|X+|-+|\?+)$")
@@ -79,6 +81,9 @@ def index_folder(
         except DataError as reason:
             report.skipped[str(reason)] += 1
             continue
+        except (OSError, ValueError):  # a name that no file can have, or a file that may not be opened
+            report.skipped["file cannot be opened"] += 1
+            continue
         if record.image in records:
             report.skipped["listed twice"] += 1
             continue
@@ -112,7 +117,10 @@ def _table_rows(index: FolderIndex) -> Iterator[_Row]:
             raise DataError(f"{table_path}: the table of labels cannot be read ({type(error).__name__})") from None
         needed = {columns["image"], *(columns[n] for n in index.columns), *index.where}
         if missing := sorted(needed - set(table.columns)):
-            raise DataError(f"{table_path}: missing column {', '.join(missing)}; it has {', '.join(table.columns)}")
+            raise DataError(
+                f"{table_path}: missing column {', '.join(missing)} among {len(table.columns)}; "
+                "map it under `columns`, and see that the first row holds names"  # without them it holds a patient
+            )
         for column, kept in index.where.items():
             table = table[table[column].isin(kept)]
         present = {name: column for name, column in columns.items() if column in table.columns}
@@ -139,12 +147,17 @@ def _record(row: _Row, index: FolderIndex, specialties: Sequence[str], key: byte
     dicom = is_dicom(path)
     issuer, number = identity(path) if dicom else ("", values.get("patient", ""))
     issuer, number = _normal(issuer), _normal(number)
+    listed = _normal(values.get("patient", ""))
+    if dicom and listed and listed != number:
+        raise DataError("table and header name different patients")
     if not number:
         raise DataError("patient is blank")
     if _NOBODY.match(number):
         raise DataError("patient is anonymous or a placeholder")
     patient = pseudonym(key, "patient", issuer, number)
     split = index.split or values.get("split") or split_of(key, patient, index.holdout)
+    if split not in SPLITS:
+        raise DataError("unknown split")
     suffix = ".dcm" if dicom else path.suffix.lower()
     name = f"images/{pseudonym(key, 'image', str(path.resolve()))}{suffix}"
     return Record(name, patient, specialty, label, values.get("caption", ""), split)
@@ -157,6 +170,9 @@ def _normal(text: str) -> str:
 
 def _link(folder: Path, targets: Mapping[str, Path]) -> None:
     """Make ``folder`` (owner-only) with one opaque link per image, whole or not at all."""
+    # Folders named images are common: one that we did not make may hold the only copy of somebody's pictures.
+    if folder.exists() and not all(p.is_symlink() and _OPAQUE.match(p.name) for p in folder.iterdir()):
+        raise DataError(f"{folder} holds other files; write the manifest into another folder")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(mode=0o700)
     try:

@@ -2,6 +2,7 @@
 
 import hmac
 import io
+import json
 import os
 import secrets
 from collections import defaultdict
@@ -80,7 +81,13 @@ def split_of(key: bytes, patient: str, holdout: float) -> str:
 
 
 def write_manifest(path: Path, records: Sequence[Record], data_class: DataClass) -> Manifest:
-    """Write ``path`` and ``<stem>.meta.json`` beside it, owner-only; returns the manifest as read back."""
+    """Write ``path`` and ``<stem>.meta.json`` beside it, owner-only; returns the manifest as read back.
+
+    Raises:
+        DataError: the records could not be read back; nothing was written.
+    """
+    if problems := _problems(records):
+        raise DataError(*(f"{path}: not written: {problem}" for problem in problems))
     table = pd.DataFrame([astuple(record) for record in records], columns=list(COLUMNS))
     content = io.StringIO()
     table.to_csv(content, index=False)
@@ -121,8 +128,6 @@ def read_manifest(path: Path) -> Manifest:
 
 def _read_meta(path: Path) -> tuple[DataClass, list[str]]:
     """The data class, and what is wrong with the file beside the manifest. Without it, data is a hospital's."""
-    import json
-
     meta_path = _meta(path)
     try:
         meta = json.loads(meta_path.read_text(encoding="utf-8"))

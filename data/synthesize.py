@@ -122,9 +122,9 @@ def _stream(*keys: object) -> np.random.Generator:
 
 
 def _open_room(style_seed: int, site: str, specialty: str) -> _Room:
-    rng = _stream("room", style_seed, site, specialty)
     kinds = MODALITIES[specialty]
-    modality = kinds[rng.integers(len(kinds))]
+    modality = kinds[_stream("modality", style_seed, site, specialty).integers(len(kinds))]
+    rng = _stream("room", style_seed, site, specialty)
     size = 1 + _COUNT_SPREAD * rng.uniform(-1, 1)
     share = np.exp(_PREVALENCE_SPREAD * rng.standard_normal(len(LABELS[specialty])))
     return _Room(draw_device(rng, STRENGTH[specialty]), modality, share / share.sum(), size)

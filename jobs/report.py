@@ -30,25 +30,17 @@ def metrics_table(summary: dict[str, Any]) -> Table:
 
 def privacy_table(summary: dict[str, Any]) -> Table:
     """Per hospital: epsilon spent of its budget, with unit and relation."""
-    table = Table(title="privacy, by each hospital's own ledger")
-    for column in ("hospital", "specialties", "epsilon spent", "budget", "delta", "unit", "rounds counted"):
-        table.add_column(column)
-    for name, site in summary["sites"].items():
-        claim = site["privacy"]
+    claims = [site["privacy"] for site in summary["sites"].values()]
+    delta = next((f", delta {c['delta']:g}" for c in claims if c["delta"] is not None), "")
+    relation = claims[0]["relation"].replace("_", "/") if claims else ""
+    table = Table(title=f"privacy per patient ({relation}{delta}), by each hospital's own ledger")
+    for column in ("hospital", "specialties", "epsilon", "budget", "rounds"):
+        table.add_column(column, overflow="fold")
+    for (name, site), claim in zip(summary["sites"].items(), claims, strict=True):
         spent = "off" if claim["epsilon"] is None else f"{claim['epsilon']:.4f}"
         budget = "–" if claim["budget_epsilon"] is None else f"{claim['budget_epsilon']:g}"
-        delta = "–" if claim["delta"] is None else f"{claim['delta']:g}"
         counted = sum(r["accepted"] for r in site["rounds"])
-        unit = f"{claim['unit']}, {claim['relation'].replace('_', '/')}"
-        table.add_row(
-            name,
-            ", ".join(site["specialties"]),
-            spent,
-            budget,
-            delta,
-            unit,
-            f"{counted} of {len(site['rounds'])}",
-        )
+        table.add_row(name, ", ".join(site["specialties"]), spent, budget, f"{counted} of {len(site['rounds'])}")
     return table
 
 

@@ -1,0 +1,79 @@
+from dataclasses import dataclass
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from clinifed.data.dataset import iter_pixels, load_pixels, patients
+from clinifed.data.manifest import Manifest, Record
+
+
+@dataclass(frozen=True)
+class Want:
+    size_px: int = 64
+    mean: tuple[float, ...] = (0.48, 0.46, 0.41)
+    std: tuple[float, ...] = (0.27, 0.26, 0.28)
+    interpolation: str = "bicubic"
+
+
+def manifest(folder, *names):
+    records = tuple(Record(n, f"p{i}", "radiology", "normal", "", "train") for i, n in enumerate(names))
+    return Manifest(folder / "manifest.csv", records, "public", "0")
+
+
+def scene(height, width):
+    rng = np.random.default_rng(height * width)
+    return Image.fromarray(rng.integers(0, 256, (9, 11, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+
+
+# Odd rests (67 - 64 and the like) are where croppers differ by a pixel.
+@pytest.mark.parametrize("size", [(120, 160), (67, 64), (64, 67), (71, 64), (100, 151), (40, 50)])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_equals_open_clip_preprocess(tmp_path, size, interpolation):
+    want = Want(interpolation=interpolation)
+    picture = scene(*size)
+    picture.save(tmp_path / "a.png")
+    theirs = open_clip.image_transform(64, False, want.mean, want.std, interpolation=interpolation)(picture)
+    ours = load_pixels(manifest(tmp_path, "a.png"), manifest(tmp_path, "a.png").records, want).pixels[0]
+    difference = (ours - theirs).abs() * torch.tensor(want.std)[:, None, None]  # on the scale of [0, 1]
+    assert difference.mean() < 3e-3
+    assert difference.max() < 1e-2
+
+
+def test_unreadable_and_elongated_images_are_counted_not_fatal(tmp_path):
+    scene(80, 80).save(tmp_path / "good.png")
+    Image.fromarray(np.zeros((1, 20000), np.uint8)).save(tmp_path / "strip.png")
+    (tmp_path / "bad.dcm").write_bytes(b"no image")
+    these = manifest(tmp_path, "bad.dcm", "good.png", "strip.png", "absent.png")
+    loaded = load_pixels(these, these.records, Want())
+    assert [r.image for r in loaded.records] == ["good.png"]
+    assert loaded.pixels.shape == (1, 3, 64, 64)
+    assert type(loaded.pixels) is torch.Tensor
+    assert sum(loaded.skipped.values()) == 3
+    assert not any(name in reason for reason in loaded.skipped for name in ("bad", "strip", str(tmp_path)))
+
+
+def test_no_records_are_no_images(tmp_path):
+    assert load_pixels(manifest(tmp_path), (), Want()).pixels.shape == (0, 3, 64, 64)
+
+
+def test_batches_are_the_whole_in_pieces(tmp_path):
+    for i in range(5):
+        scene(64 + i, 70).save(tmp_path / f"{i}.png")
+    these = manifest(tmp_path, *(f"{i}.png" for i in range(5)))
+    batches = list(iter_pixels(these, these.records, Want(), 2))
+    assert [len(b.records) for b in batches] == [2, 2, 1]
+    assert torch.equal(torch.cat([b.pixels for b in batches]), load_pixels(these, these.records, Want()).pixels)
+
+
+def test_a_patient_of_two_specialties_is_one_unit(tmp_path):
+    records = (
+        Record("b", "p2", "radiology", "", "", "train"),
+        Record("a", "p1", "cardiology", "", "", "train"),
+        Record("c", "p2", "cardiology", "", "", "train"),
+        Record("d", "p3", "cardiology", "", "", "holdout"),
+    )
+    units = patients(Manifest(tmp_path / "m.csv", records, "public", "0"), "train", ("radiology", "cardiology"))
+    assert [(u.key, len(u.records)) for u in units] == [("p1", 1), ("p2", 2)]
