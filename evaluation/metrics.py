@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+from sklearn.metrics import recall_score, roc_auc_score
 
 __all__ = ["Scores", "mean_scores", "patient_scores"]
 
@@ -45,7 +45,8 @@ def patient_scores(logits: NDArray[np.floating], patient: NDArray[np.integer], l
     if len(present) > 1:
         # One label against the rest, over the labels that occur; for two labels both terms are equal.
         auroc = float(np.mean([roc_auc_score(truth == k, mean[:, k]) for k in present]))
-    return Scores(float(balanced_accuracy_score(truth, mean.argmax(axis=1))), auroc, len(np.unique(cases[0])))
+    recall = recall_score(truth, mean.argmax(axis=1), labels=present, average="macro", zero_division=0)
+    return Scores(float(recall), auroc, len(np.unique(cases[0])))
 
 
 def mean_scores(by_site: Mapping[str, Scores]) -> float:

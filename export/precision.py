@@ -168,7 +168,7 @@ def _check_quantizers(graph: onnx.GraphProto, nodes: Collection[str]) -> None:
     bare = []
     for node in graph.node:
         if node.name in nodes:
-            activation, weight = dequantizes(node.input[0]), dequantizes(node.input[1])
+            activation, weight = [*map(dequantizes, node.input), None, None][:2]
             paired = activation in producer and producer[activation].op_type == "QuantizeLinear"
             if not paired or weight not in int8:
                 bare.append(node.name)

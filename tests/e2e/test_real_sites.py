@@ -14,7 +14,15 @@ FOLDER = Path(__file__).parents[3] / "shared/data/open/fed"
 def test_real_sites_train_together_on_real_files(clinifed, tmp_path):
     out = tmp_path / "run"
     done = clinifed(
-        "simulate", CONFIGS / "real_sites.yaml", "--out", out, "--json", "--set", "rounds=1", "--set", f"data.root={FOLDER}"
+        "simulate",
+        CONFIGS / "real_sites.yaml",
+        "--out",
+        out,
+        "--json",
+        "--set",
+        "rounds=1",
+        "--set",
+        f"data.root={FOLDER}",
     )
     assert done.code == 0, done.err
     summary = done.json()

@@ -1,6 +1,5 @@
 """A checkpoint on the tiny model that ships, and small public sets of stripes that its heads can tell apart."""
 
-import csv
 import json
 import os
 from pathlib import Path
@@ -14,8 +13,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
 
+from clinifed.config import DataClass, FolderIndex
+from clinifed.config import DataClass
 from clinifed.data.dataset import load_pixels
-from clinifed.data.manifest import index_folder, read_manifest
+from clinifed.data.index import index_folder
+from clinifed.data.manifest import read_manifest
 from clinifed.export.onnx import export_onnx
 from clinifed.models.adapters import GlobalModel, TrainablePart, build_trainable
 from clinifed.models.backbone import Backbone, load_backbone
@@ -36,38 +38,25 @@ def picture(specialty: str, label: int, rng: np.random.Generator) -> Image.Image
     return Image.fromarray((pixels.clip(0, 1) * 255).astype(np.uint8))
 
 
-def make_set(folder: Path, seed: int, data_class: str) -> Path:
-    """Images, labels.csv and manifest.csv in ``folder``; returns the manifest's path."""
+def make_set(folder: Path, seed: int, data_class: DataClass) -> Path:
+    """Images and manifest.csv in ``folder``; returns the manifest's path."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True)
-    rows = []
+    records = []
     for specialty in SPECIALTY_NAMES:
         for k, label in enumerate(SPECIALTIES[specialty].labels):
             for i in range(IMAGES_PER_LABEL):
                 name = f"{specialty}-{k}-{i}.png"
                 picture(specialty, k, rng).save(folder / name)
-                rows.append({"image": name, "patient": name, "specialty": specialty, "label": label})
-    with (folder / "labels.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["image", "patient", "specialty", "label"])
-        writer.writeheader()
-        writer.writerows(rows)
-    manifest = folder / "manifest.csv"
-    index_folder(
-        folder,
-        manifest,
-        specialties=SPECIALTY_NAMES,
-        labels=folder / "labels.csv",
-        split="train",
-        data_class=data_class,
-    )
-    return manifest
+                records.append(Record(name, f"patient-{k}-{i}", specialty, label, "", "train"))
+    return write_manifest(folder / "manifest.csv", records, data_class).path
 
 
 @pytest.fixture(scope="session")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Manifests: validation and test (public), hospital (not)."""
     root = tmp_path_factory.mktemp("sets")
-    classes = {"validation": "public", "test": "synthetic", "hospital": "hospital"}
+    classes: dict[str, DataClass] = {"validation": "public", "test": "synthetic", "hospital": "hospital"}
     return {name: make_set(root / name, seed, kind) for seed, (name, kind) in enumerate(classes.items())}
 
 
@@ -84,7 +73,7 @@ def images(sets: dict[str, Path], backbone: Backbone) -> dict[str, SimpleNamespa
         manifest = read_manifest(sets[name])
         loaded = load_pixels(manifest, manifest.records, backbone.preprocess)
         found[name] = SimpleNamespace(
-            pixels=loaded.tensor.numpy(),
+            pixels=loaded.pixels.numpy(),
             specialties=[r.specialty for r in loaded.records],
             labels=[list(SPECIALTIES[r.specialty].labels).index(r.label) for r in loaded.records],
         )
