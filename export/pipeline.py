@@ -63,6 +63,7 @@ def export_checkpoint(
         ModelError, DataError: the checkpoint, the base model or a manifest cannot be used.
     """
     presets = load_presets()
+    precisions = tuple(dict.fromkeys(precisions))  # asked for twice is made once
     packages = _check_request(presets, out, precisions, targets)
     source = read_checkpoint(checkpoint)
     card = Card.of(source)

@@ -48,11 +48,13 @@ def export_table(report: dict[str, Any]) -> Table:
     """Per precision: sizes, and parity with the FP32 model in torch."""
     table = Table(title="export")
     targets = sorted({t for row in report["precisions"] for t in row["engine_bytes"]})
-    for column in ("precision", "ONNX", *(f"{t} engine" for t in targets), "cosine, mean", "same top-1"):
+    for column in ("precision", "ONNX", *(f"{t} engine" for t in targets), "cosine, mean", "same top-1", "verdict"):
         table.add_column(column, justify="left" if column == "precision" else "right")
     for row in report["precisions"]:
         sizes = [row["onnx_bytes"], *(row["engine_bytes"].get(t) for t in targets)]
         text = ["–" if s is None else f"{s / 1e6:.2f} MB" for s in sizes]
-        parity = row["parity"]
-        table.add_row(row["precision"], *text, f"{parity['cosine_mean']:.6f}", _percent(parity["top1_agreement"]))
+        parity, packed = row["parity"], row["packed"]
+        cosine = "–" if parity["cosine_mean"] is None else f"{parity['cosine_mean']:.6f}"
+        verdict = "packed" if packed else "; ".join(row["failures"])
+        table.add_row(row["precision"], *text, cosine, _percent(parity["top1_agreement"]), verdict)
     return table

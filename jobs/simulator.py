@@ -5,6 +5,7 @@ a run carries a mark in its environment, by which all of them are found and ende
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,8 +63,12 @@ def simulator_process(
     workspace.mkdir(parents=True, exist_ok=True)
     write_json(workspace / _CONTRACT_FILE, contract.model_dump(mode="json"))
     mark = uuid.uuid4().hex
+    # What FLARE and its libraries leave behind when they are ended in the middle stays inside the run, and goes.
+    scratch = workspace / "tmp"
+    scratch.mkdir(exist_ok=True)
     environment = {
         **os.environ,
+        "TMPDIR": str(scratch),
         _MARK: mark,
         # The console script's folder, since FLARE starts `python3` by name.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
@@ -84,6 +89,7 @@ def simulator_process(
         finally:
             end_processes(mark)
             process.wait()
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from opacus.grad_sample import GradSampleHooks
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
-from clinifed.errors import PrivacyError
+from clinifed.errors import DataError, PrivacyError
 from clinifed.privacy.noise import NoiseSource, to_grid
 from clinifed.privacy.objectives import Objective
 
@@ -161,6 +161,7 @@ def private_step(
 
     Raises:
         PrivacyError: the module is unsound under differential privacy, or a parameter did not take part.
+        DataError: there are no patients.
     """
     _refuse_unsound(module)
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -171,7 +172,7 @@ def private_step(
     try:
         batches = list(physical_batches(data.patient, batch_size))
         if not batches:
-            raise PrivacyError("no patients: a site without any has nothing to train on")
+            raise DataError("no patients: a site without any has nothing to train on")
         for index, rows in enumerate(batches):
             optimizer.groups = data.patient[rows] - data.patient[rows.start]
             # Opacus' backward hooks want an input that takes part in the graph.
@@ -198,10 +199,10 @@ def plain_step(
     """The same step without clip and noise: the mean over patients of each patient's mean. For public data only.
 
     Raises:
-        PrivacyError: there are no patients, or the loss is not finite.
+        DataError: there are no patients, or the loss is not finite.
     """
     if data.patients == 0:
-        raise PrivacyError("no patients: a site without any has nothing to train on")
+        raise DataError("no patients: a site without any has nothing to train on")
     images = torch.bincount(data.patient)
     weight = 1.0 / (images[data.patient] * data.patients)  # (R,)
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=learning_rate)
@@ -209,6 +210,6 @@ def plain_step(
         losses = objective(module(data.features[rows]), data.specialty[rows], data.label[rows])
         loss = (losses * weight[rows]).sum()
         if not torch.isfinite(loss):
-            raise PrivacyError(f"the loss is {loss.item()}: lower training.learning_rate, or look at the images")
+            raise DataError(f"the loss is {loss.item()}: lower training.learning_rate, or look at the images")
         loss.backward()
     optimizer.step()

@@ -1,4 +1,4 @@
-"""Real images of natural sites, in a small version of ``real_sites.yaml``, where the folder beside the checkout exists."""
+"""Real images of natural sites: a small version of ``real_sites.yaml``, where the folder beside the checkout exists."""
 
 from pathlib import Path
 

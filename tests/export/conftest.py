@@ -13,11 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
 
-from clinifed.config import DataClass, FolderIndex
 from clinifed.config import DataClass
 from clinifed.data.dataset import load_pixels
-from clinifed.data.index import index_folder
-from clinifed.data.manifest import read_manifest
+from clinifed.data.manifest import Record, read_manifest, write_manifest
 from clinifed.export.onnx import export_onnx
 from clinifed.models.adapters import GlobalModel, TrainablePart, build_trainable
 from clinifed.models.backbone import Backbone, load_backbone

@@ -8,6 +8,7 @@ import pytest
 
 from clinifed.errors import ExportError, PrivacyError
 from clinifed.export.pipeline import ExportReport, export_checkpoint
+from clinifed.export.presets import Thresholds, load_presets
 from clinifed.files import file_sha256
 
 
@@ -70,6 +71,48 @@ def test_a_hospitals_images_do_not_calibrate_and_leave_nothing(
     with pytest.raises(PrivacyError):
         export(checkpoint, tmp_path / "bundle", calibration=sets["hospital"])
     assert list(tmp_path.iterdir()) == []
+
+
+def strict(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Presets under which the precisions ``names`` cannot pass."""
+    presets = load_presets()
+    limit = Thresholds(cosine_mean=0, top1_agreement=0, logits_max_abs=1e-12)
+    precisions = {
+        n: p.model_copy(update={"parity": limit} if n in names else {}) for n, p in presets.precisions.items()
+    }
+    changed = presets.model_copy(update={"precisions": precisions})
+    monkeypatch.setattr("clinifed.export.pipeline.load_presets", lambda: changed)
+
+
+def test_a_precision_that_misses_its_threshold_is_not_packed_and_the_report_says_why(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strict(monkeypatch, "fp16")
+    report = export(checkpoint, tmp_path / "bundle", precisions=("fp32", "fp16", "fp32")).to_dict()
+    assert [row["precision"] for row in report["precisions"]] == ["fp32", "fp16"]
+    assert [row["packed"] for row in report["precisions"]] == [True, False]
+    assert "logits_max_abs" in report["precisions"][1]["failures"][0]
+    assert [p.name for p in (tmp_path / "bundle" / "onnx").iterdir()] == ["fp32.onnx"]
+
+
+def test_no_bundle_is_left_when_no_precision_passes(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strict(monkeypatch, "fp16")
+    with pytest.raises(ExportError, match="fp16: not packed: logits_max_abs"):
+        export(checkpoint, tmp_path / "bundle", precisions=("fp16",))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("key", "option"), [("validation", "--calibration"), ("test", "--test")])
+def test_a_card_without_public_sets_needs_the_option(key: str, option: str, checkpoint: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run" / "checkpoint"
+    shutil.copytree(checkpoint, copy)
+    card = json.loads((copy / "card.json").read_text())
+    card["public"] = {k: str((checkpoint / v).resolve()) for k, v in card["public"].items() if k != key}
+    (copy / "card.json").write_text(json.dumps(card))
+    with pytest.raises(ExportError, match=f"public.{key} names no manifest; give one with {option}"):
+        export(copy, tmp_path / "bundle")
 
 
 def test_another_base_model_is_refused_with_both_hashes(checkpoint: Path, tmp_path: Path) -> None:

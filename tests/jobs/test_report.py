@@ -1,0 +1,53 @@
+"""The tables a run ends with: every figure of the summary, and what is missing shown as missing."""
+
+import pytest
+from rich.console import Console
+
+from clinifed.jobs.report import export_table, metrics_table, privacy_table
+
+CLAIM = {"epsilon": 2.5, "delta": 1e-5, "unit": "patient", "relation": "add_remove", "budget_epsilon": 3.0}
+SUMMARY = {
+    "sites": {
+        "alder": {"specialties": ["radiology"], "rounds": [{"accepted": True}, {"accepted": False}], "privacy": CLAIM},
+        "birch": {
+            "specialties": ["radiology"],
+            "rounds": [],
+            "privacy": {**CLAIM, "epsilon": None, "budget_epsilon": None},
+        },
+    },
+    "metrics": {
+        "radiology": {
+            "chance": 0.5,
+            "zero_shot": {"balanced_accuracy": 0.61},
+            "local_only_dp": {"mean": {"balanced_accuracy": 0.62}},
+            "local_only": None,
+            "federated": {"balanced_accuracy": 0.63},
+        }
+    },
+}
+PARITY = {"cosine_mean": None, "top1_agreement": 0.5}
+EXPORT = {
+    "precisions": [
+        {"precision": "int8", "onnx_bytes": 2_000_000, "engine_bytes": {}, "packed": False, "parity": PARITY,
+         "failures": ["cosine_mean is nan"]},
+        {"precision": "fp32", "onnx_bytes": 4_000_000, "engine_bytes": {"tensorrt-rtx": 5_000_000}, "packed": True,
+         "parity": {"cosine_mean": 1.0, "top1_agreement": 1.0}, "failures": []},
+    ]
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("table", "texts"),
+    [
+        (metrics_table(SUMMARY), ["radiology", "50.0 %", "61.0 %", "62.0 %", "–", "63.0 %"]),
+        (privacy_table(SUMMARY), ["alder", "2.5000", "1 of 2", "off", "add/remove", "delta 1e-05"]),
+        (export_table(EXPORT), ["int8", "2.00 MB", "–", "cosine_mean is nan", "5.00 MB", "packed", "100.0 %"]),
+    ],
+    ids=["metrics", "privacy", "export"],
+)
+def test_a_table_shows_every_figure_and_what_is_missing(table, texts) -> None:
+    console = Console(width=160)
+    with console.capture() as captured:
+        console.print(table)
+    shown = captured.get()
+    assert [t for t in texts if t not in shown] == []
