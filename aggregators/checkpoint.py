@@ -12,10 +12,9 @@ from safetensors.numpy import save
 from clinifed.errors import ModelError
 from clinifed.files import file_sha256, sync_folder, write_atomic, write_json
 from clinifed.messages import Parameters
+from clinifed.models.state import CARD, WEIGHTS
 
 __all__ = ["write_checkpoint"]
-
-_WEIGHTS, _CARD = "model.safetensors", "card.json"  # as clinifed.models.state reads them
 
 
 def write_checkpoint(path: Path, params: Parameters, card: Mapping[str, Any]) -> None:
@@ -35,8 +34,8 @@ def write_checkpoint(path: Path, params: Parameters, card: Mapping[str, Any]) ->
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
-        write_atomic(temporary / _WEIGHTS, save({k: np.ascontiguousarray(v) for k, v in sorted(params.items())}))
-        write_json(temporary / _CARD, {**card, "weights_sha256": file_sha256(temporary / _WEIGHTS)})
+        write_atomic(temporary / WEIGHTS, save({k: np.ascontiguousarray(v) for k, v in sorted(params.items())}))
+        write_json(temporary / CARD, {**card, "weights_sha256": file_sha256(temporary / WEIGHTS)})
         temporary.replace(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -47,9 +47,8 @@ class SiteExecutor(Executor):
         self._trainer: SiteTrainer | None = None
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        """Read the policy when the job starts: without one, nothing may run."""
+        """One thread per process: simulated sites share the cores, and the steps are small."""
         if event_type == EventType.START_RUN:
-            # One thread each: simulated sites share the cores, and the steps are small.
             torch.set_num_threads(1)
 
     def _prepare(self, fl_ctx: FLContext) -> tuple[SitePolicy, SiteTrainer]:

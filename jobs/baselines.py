@@ -1,7 +1,6 @@
 """What each site could do alone, with and without DP, and what the zero-shot model does: the lines to beat."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,14 +12,7 @@ from clinifed.models.adapters import TrainablePart, build_trainable
 from clinifed.models.backbone import Backbone
 from clinifed.privacy.engine import PatientTensors
 
-__all__ = ["Figures", "local_scores", "score_part"]
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Scores by specialty."""
-
-    by_specialty: dict[str, Scores]
+__all__ = ["load_part", "local_scores", "score_part"]
 
 
 @torch.inference_mode()

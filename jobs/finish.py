@@ -1,5 +1,6 @@
 """After the last round: the model with its start added back, what it is worth, its checkpoint and the summary."""
 
+import json
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -25,9 +26,9 @@ from clinifed.policy import SitePolicy
 from clinifed.privacy.engine import PatientTensors
 from clinifed.privacy.ledger import Ledger
 
-__all__ = ["SUMMARY_SCHEMA", "evaluate_run", "privacy_claim", "save_checkpoint", "summarise"]
+__all__ = ["evaluate_run", "save_checkpoint", "site_claims", "summarise", "summary_schema"]
 
-SUMMARY_SCHEMA = "summary.schema.json"
+_SCHEMA = "summary.schema.json"
 
 
 def _features(
@@ -103,7 +104,7 @@ def evaluate_run(
     return metrics, params
 
 
-def privacy_claim(
+def _claim(
     contract: Contract, site: str, epsilon: float | None, head: str | None, budget: float | None
 ) -> dict[str, Any]:
     """The privacy statement of one site: a number never goes without its unit, relation and delta."""
@@ -129,10 +130,10 @@ def site_claims(contract: Contract, policies: dict[str, SitePolicy]) -> dict[str
     claims = {}
     for name, policy in policies.items():
         if contract.promise.mode == "off":
-            claims[name] = privacy_claim(contract, name, None, None, None)
+            claims[name] = _claim(contract, name, None, None, None)
         else:
             state = Ledger(policy.ledger, name, policy.budget.epsilon, policy.budget.delta).state()
-            claims[name] = privacy_claim(contract, name, state.epsilon_spent, state.head, policy.budget.epsilon)
+            claims[name] = _claim(contract, name, state.epsilon_spent, state.head, policy.budget.epsilon)
     return claims
 
 
@@ -222,7 +223,5 @@ def summarise(
 
 def summary_schema() -> dict[str, Any]:
     """The JSON Schema of ``summary.json``, as shipped with the package."""
-    import json
-
-    schema: dict[str, Any] = json.loads(files("clinifed").joinpath(SUMMARY_SCHEMA).read_text(encoding="utf-8"))
+    schema: dict[str, Any] = json.loads(files("clinifed").joinpath(_SCHEMA).read_text(encoding="utf-8"))
     return schema

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clinifed.errors import ModelError
+from clinifed.files import file_sha256
 
 __all__ = ["CARD", "WEIGHTS", "Checkpoint", "apply_delta", "read_checkpoint"]
 
@@ -42,6 +43,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         card = json.loads((path / CARD).read_text(encoding="utf-8"))
     except (SafetensorError, ValueError) as error:
         raise ModelError(f"{path}: the checkpoint cannot be read: {error}") from error
+    if card.get("weights_sha256", file_sha256(path / WEIGHTS)) != file_sha256(path / WEIGHTS):
+        raise ModelError(f"{path}: {WEIGHTS} is not the one that {CARD} describes; fetch the checkpoint again")
     return Checkpoint(path, params, card)
 
 
