@@ -9,6 +9,7 @@ from clinifed.contract import Contract
 from clinifed.errors import DataError, ModelError, PrivacyError, UpdateError
 from clinifed.executors.trainer import SiteTrainer
 from clinifed.files import read_lines
+from clinifed.jobs.recipe import build_contract
 from clinifed.messages import META_KEYS
 from clinifed.policy import Budget
 from clinifed.privacy.engine import PatientDPOptimizer
@@ -23,6 +24,14 @@ def test_an_update_passes_the_servers_checks_and_carries_nothing_else(contract, 
     check_update(update, contract, 0, sent_already=False)
     assert set(update.meta) <= set(META_KEYS)
     assert all(value.any() for value in update.params.values())
+
+
+def test_the_projection_trains_with_the_heads_and_is_shared(federation, backbone, policy):
+    training = federation.training.model_copy(update={"train": "projection"})
+    agreed = build_contract(federation.model_copy(update={"training": training}), backbone)
+    update = SiteTrainer(agreed, policy).train("job", 0, zeros(agreed))
+    check_update(update, agreed, 0, sent_already=False)
+    assert update.params["trunk.projection.weight"].any()
 
 
 def test_every_round_is_charged_once_and_the_plan_fits_the_budget_exactly(contract, policy):
