@@ -36,9 +36,9 @@ class ToChannels(Transform):
     """(H, W) or (H, W, 3) → (3, H, W) tensor."""
 
     def __call__(self, pixels: NDArray[np.float32]) -> Tensor:
-        """Grey is repeated in all three channels."""
+        """Grey is repeated in all three channels, each with memory of its own: MONAI normalises them in place."""
         tensor = torch.from_numpy(np.ascontiguousarray(pixels))
-        return tensor.expand(3, -1, -1) if tensor.ndim == 2 else tensor.permute(2, 0, 1)
+        return tensor.repeat(3, 1, 1) if tensor.ndim == 2 else tensor.permute(2, 0, 1).clone()
 
 
 class ResizeShortest(Transform):

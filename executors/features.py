@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from clinifed import __version__
 from clinifed.config import Specialty
 from clinifed.data.dataset import iter_pixels, patients
 from clinifed.data.manifest import Manifest
@@ -71,6 +72,7 @@ def patient_tensors(
         return {"features": torch.cat(features), "row": torch.tensor(kept)}
 
     key: dict[str, object] = {
+        "code": __version__,  # reading and transforming images may change with a release
         "base": backbone.sha256,
         "cut": "projection" in model.part.trunk,
         "manifest": manifest.sha256,

@@ -29,11 +29,12 @@ def scene(height, width):
 
 
 # Odd rests (67 - 64 and the like) are where croppers differ by a pixel.
-@pytest.mark.parametrize("size", [(120, 160), (67, 64), (64, 67), (71, 64), (100, 151), (40, 50)])
+@pytest.mark.parametrize("size", [(120, 160), (64, 64), (67, 64), (64, 67), (71, 64), (100, 151), (40, 50)])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_equals_open_clip_preprocess(tmp_path, size, interpolation):
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_equals_open_clip_preprocess(tmp_path, size, interpolation, mode):
     want = Want(interpolation=interpolation)
-    picture = scene(*size)
+    picture = scene(*size).convert(mode)
     picture.save(tmp_path / "a.png")
     theirs = open_clip.image_transform(64, False, want.mean, want.std, interpolation=interpolation)(picture)
     ours = load_pixels(manifest(tmp_path, "a.png"), manifest(tmp_path, "a.png").records, want).pixels[0]
