@@ -1,6 +1,7 @@
 """What each site could do alone, with and without DP, and what the zero-shot model does: the lines to beat."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -52,8 +53,20 @@ def local_scores(
     if not private:
         promise = contract.promise.model_copy(update={"mode": "off"})
         contract = contract.model_copy(update={"promise": promise})
-    local_steps(part, data, contract, agreed.nominal_patients, contract.rounds * contract.training.local_epochs)
+    with _one_thread():
+        local_steps(part, data, contract, agreed.nominal_patients, contract.rounds * contract.training.local_epochs)
     return score_part(part, public, names)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The steps are small: threads that wait for each other cost more than they give."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def load_part(contract: Contract, backbone: Backbone, state: Mapping[str, Tensor] | None = None) -> TrainablePart:
