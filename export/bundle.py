@@ -39,6 +39,7 @@ class Row:
     failures: tuple[str, ...]  # thresholds it missed; it is packed only when there are none
     onnx_bytes: int
     engines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # target → metadata
+    kept: tuple[str, ...] = ()  # nodes left unquantised so that it passed
 
     @property
     def engine_bytes(self) -> dict[str, int]:
@@ -51,6 +52,7 @@ class Row:
             "precision": self.precision,
             "packed": not self.failures,
             "failures": list(self.failures),
+            "kept_unquantised": list(self.kept),
             "onnx_bytes": self.onnx_bytes,
             "engine_bytes": self.engine_bytes,
             "parity": self.parity.to_dict(),

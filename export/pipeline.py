@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from clinifed.export.calibration import calibration_set
 from clinifed.export.onnx import OPSET, export_onnx, write_onnx
 from clinifed.export.precision import convert
 from clinifed.export.presets import Presets, load_presets
+from clinifed.export.sensitivity import exclusions
 from clinifed.export.source import Card, TestImages, load_model, public_manifest
 from clinifed.export.tensorrt import build_engine, check_target, write_engine
 from clinifed.models.adapters import GlobalModel
@@ -95,9 +97,16 @@ def export_checkpoint(
             progress(f"{name}: converting, and comparing with torch")
             preset = presets.precisions[name]
             path = work / f"{name}.onnx"
-            size = write_onnx(convert(graph, preset, None if public is None else public.pixels, work), path)
-            parity = compare(reference, run_onnx(path, images.pixels), images.specialties, images.labels)
-            failures = tuple(preset.parity.failures(parity))
+            pixels = None if public is None else public.pixels
+            kept: tuple[str, ...] = ()
+            attempts = chain([()], exclusions(graph, preset, pixels, work))  # the search begins at the first failure
+            for kept in attempts:
+                size = write_onnx(convert(graph, preset, pixels, work, kept), path)
+                parity = compare(reference, run_onnx(path, images.pixels), images.specialties, images.labels)
+                failures = tuple(preset.parity.failures(parity))
+                if not failures:
+                    break
+                progress(f"{name}: {'; '.join(failures)}" + (f" with {len(kept)} nodes kept" if kept else ""))
             engines: dict[str, dict[str, Any]] = {}
             if failures:
                 progress(f"{name}: not packed: {'; '.join(failures)}")
@@ -108,7 +117,7 @@ def export_checkpoint(
                     engine = build_engine(path, target, presets.engine_for(name))
                     write_engine(engine, bundle / "engines" / target / f"{name}.engine")
                     engines[target] = engine.metadata()
-            rows.append(Row(name, parity, failures, size, engines))
+            rows.append(Row(name, parity, failures, size, engines, kept))
         if all(row.failures for row in rows):
             raise ExportError(*(f"{row.precision}: not packed: {'; '.join(row.failures)}" for row in rows))
         report = ExportReport(out, tuple(rows), NOT_EXECUTED if packages else None)

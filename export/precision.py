@@ -31,7 +31,11 @@ _CALIBRATION_BATCH = 8  # images; changes memory, not the ranges
 
 
 def convert(
-    model: onnx.ModelProto, precision: Precision, pixels: NDArray[np.float32] | None, workdir: Path
+    model: onnx.ModelProto,
+    precision: Precision,
+    pixels: NDArray[np.float32] | None,
+    workdir: Path,
+    keep: Collection[str] = (),
 ) -> onnx.ModelProto:
     """A graph of the same inputs and outputs (FP32) that computes in ``precision``; ``model`` is not changed.
 
@@ -40,6 +44,7 @@ def convert(
         precision: a preset.
         pixels: (N, 3, S, S) public calibration images; used where the preset quantises.
         workdir: an existing folder for intermediate models; files are left there.
+        keep: nodes that are not quantised although the preset would.
 
     Raises:
         ExportError: a node that the preset quantises was not quantised, or the result is not valid ONNX.
@@ -48,7 +53,7 @@ def convert(
         if pixels is None:
             raise ExportError("this precision quantises and needs calibration images; none were given")
         # An exact LayerNorm → Linear smoothing fold belongs here, before the ranges are taken.
-        nodes = weight_products(model, precision.quantize)
+        nodes = [name for name in weight_products(model, precision.quantize) if name not in keep]
         ranges = activation_ranges(model, precision.quantize, pixels, workdir)
         model = quantize(model, precision.quantize, nodes, ranges, workdir)
     if precision.half is not None:

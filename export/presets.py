@@ -60,6 +60,8 @@ class Quantization(_Preset):
 
     op_types: tuple[str, ...] = Field(min_length=1)
     per_channel: bool  # one scale per output channel of a weight; activations always have one per tensor
+    # Where the gate is missed, the most sensitive groups are left out one by one, up to this share of all nodes.
+    most_left_out: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
 class Thresholds(_Preset):
