@@ -31,8 +31,8 @@ def exclusions(
     """Growing sets of nodes to keep unquantised: the most sensitive group, then the two most sensitive, and so on.
 
     A group's sensitivity is how much closer, per node, the embeddings of ``pixels`` (N, 3, S, S), public, come to FP32
-    when it alone is left out. Nothing is computed before the first set is asked for; none is yielded where the preset does not
-    quantise, or beyond its ``most_left_out``.
+    when it alone is left out. Nothing is computed before the first set is asked for; none is yielded where the preset
+    does not quantise, or beyond its ``most_left_out``.
     """
     options = precision.quantize
     if options is None or pixels is None or options.most_left_out == 0:
