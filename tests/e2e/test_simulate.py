@@ -103,7 +103,8 @@ def test_a_used_run_directory_is_refused(smoke, clinifed):
     assert "earlier run" in done.err
 
 
-def test_ctrl_c_ends_every_process_and_leaves_nothing_that_looks_whole(tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_a_signal_ends_every_process_and_leaves_nothing_that_looks_whole(tmp_path, sent):
     run = tmp_path / "run"
     asked = command("simulate", CONFIGS / "smoke.yaml", "--out", run)
     with subprocess.Popen(asked, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
@@ -114,7 +115,7 @@ def test_ctrl_c_ends_every_process_and_leaves_nothing_that_looks_whole(tmp_path)
         deadline = time.monotonic() + 60
         while len(processes_of(run / "flare")) < 3 and time.monotonic() < deadline:
             time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         rest = process.stderr.read()
         assert process.wait(timeout=30) == 130
     assert "interrupted" in rest
