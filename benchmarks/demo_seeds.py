@@ -127,7 +127,7 @@ def main() -> None:
     text += [
         f"Payload per round and site: {sent} bytes out, {received} bytes in; the full model has "
         f"{last['full_model_bytes']} bytes ({max(sent, received) / last['full_model_bytes']:.2%}).",
-        f"Wall time of a run: {min(walls):.0f}–{max(walls):.0f} s.",
+        f"Wall time of a run, two at a time on this machine: {min(walls):.0f}–{max(walls):.0f} s.",
         "",
     ]
     (HERE / "RESULTS.md").write_text("\n".join(text))
