@@ -33,13 +33,13 @@ _SCHEMA = "summary.schema.json"
 
 def _features(
     contract: Contract,
+    model: GlobalModel,
     backbone: Backbone,
     manifest: Manifest,
     names: list[str],
     split: str | None,
     cache: Path | None,
 ) -> PatientTensors:
-    model = GlobalModel(backbone, load_part(contract, backbone)).eval()
     return patient_tensors(
         model,
         backbone,
@@ -72,7 +72,8 @@ def evaluate_run(
         return {}, params
     progress("evaluating on the public test set")
     tested = sorted({r.specialty for r in data.test.records} & set(names))
-    public = _features(contract, backbone, data.test, tested, None, None)
+    model = GlobalModel(backbone, start_part).eval()  # only its frozen part is read here
+    public = _features(contract, model, backbone, data.test, tested, None, None)
     zero_shot = score_part(start_part, public, tested)
     federated = score_part(load_part(contract, backbone, params), public, tested)
     alone: dict[bool, dict[str, dict[str, Scores]]] = {True: {}, False: {}}
@@ -80,7 +81,7 @@ def evaluate_run(
         progress("training every site alone, for comparison")
         for site, manifest in data.sites.items():
             mine = sorted(contract.sites[site].specialties)
-            own = _features(contract, backbone, manifest, mine, "train", policies[site].cache)
+            own = _features(contract, model, backbone, manifest, mine, "train", policies[site].cache)
             modes = (True, False) if contract.promise.mode == "dp" else (False,)
             for private in modes:
                 alone[private][site] = local_scores(contract, backbone, site, own, public, tested, private=private)

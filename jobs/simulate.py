@@ -1,6 +1,5 @@
 """``clinifed simulate``: a whole federation on one machine, through FLARE's simulator, into one run directory."""
 
-import logging
 import os
 import time
 from collections.abc import Callable
@@ -18,12 +17,10 @@ from clinifed.jobs.recipe import build_contract
 from clinifed.jobs.simulator import simulator_process
 from clinifed.models.backbone import load_backbone
 
-__all__ = ["DATA_FOLDER", "simulate"]
-
-log = logging.getLogger(__name__)
+__all__ = ["simulate"]
 
 DATA_FOLDER = "data"  # beneath the run: synthesized or indexed data
-# What one simulated site needs in memory, of which torch and open_clip are the most (measured: 0.9 GB).
+# One process each, of 0.9 GB (measured; torch and open_clip are the most of it): within a machine of 24 GB.
 _MAX_PROCESSES = 16
 
 
