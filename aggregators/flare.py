@@ -25,7 +25,7 @@ from clinifed.aggregators.ingress import check_update
 from clinifed.contract import Contract
 from clinifed.errors import UpdateError
 from clinifed.files import append_line, write_atomic
-from clinifed.messages import Update
+from clinifed.messages import Update, job_key
 
 __all__ = [
     "GLOBAL_FILE",
@@ -85,7 +85,9 @@ class SpecialtyAggregator(ModelAggregator):
         super().__init__()
         self.contract = contract
         self._agreed = Contract.model_validate(contract)
+        self.job = ""  # set by the controller, which knows it
         self.round = 0
+        self.nonces: set[str] = set()  # of everything accepted in this job
         self.accepted: dict[str, Update] = {}
         self.refused: dict[str, str] = {}
 
@@ -102,12 +104,13 @@ class SpecialtyAggregator(ModelAggregator):
             # `client_name` and `props` are added by the server's own FLARE, `current_round` is checked as a field.
             meta = {k: v for k, v in model.meta.items() if k not in ("client_name", "props", "current_round")}
             update = Update(site, model.current_round, dict(model.params or {}), meta)
-            check_update(update, self._agreed, self.round, sent_already=site in self.accepted)
+            check_update(update, self._agreed, self.round, site in self.accepted, self.job, self.nonces)
         except UpdateError as error:
             self.refused[site] = error.reason
             self.warning(f"update refused ({error.reason}): {error}")
             return
         self.accepted[site] = update
+        self.nonces.add(update.meta["nonce"])
 
     def aggregate_model(self) -> FLModel:
         """The change of the global model in this round, as a DIFF."""
@@ -121,6 +124,7 @@ class FederatedRounds(ModelController):
 
     Args:
         contract: the federation's contract as plain data.
+        run: names this job besides FLARE's own name of it.
         aggregator: the :class:`SpecialtyAggregator` of the same contract.
 
     Guarantees:
@@ -128,12 +132,13 @@ class FederatedRounds(ModelController):
         - A round ends at its deadline, whoever is missing.
     """
 
-    def __init__(self, contract: dict[str, Any], aggregator: SpecialtyAggregator) -> None:
+    def __init__(self, contract: dict[str, Any], run: str, aggregator: SpecialtyAggregator) -> None:
         # A site that fails costs the round that site, not the job: we count good updates ourselves.
         super().__init__(
             persistor_id=AppConstants.DEFAULT_PERSISTOR_ID, ignore_result_error=True, task_check_period=0.1
         )
         self.contract = contract
+        self._run = run  # under this name FLARE's job exporter finds it; `run` is the method below
         self.aggregator = aggregator
 
     def _accept_train_result(
@@ -152,6 +157,7 @@ class FederatedRounds(ModelController):
         contract = Contract.model_validate(self.contract)
         diary = Path(self.get_run_dir()) / SERVER_FOLDER / ROUNDS_FILE
         model = self.load_model()
+        self.aggregator.job = job_key(self.fl_ctx.get_job_id(), self._run)
         lost = 0
         for number in range(contract.rounds):
             sites = sorted(set(self.sample_clients()) & set(contract.sites))
@@ -185,7 +191,7 @@ class FederatedRounds(ModelController):
                     f"round {number}: {len(good)} good updates, {contract.min_updates} needed; model unchanged"
                 )
             reasons = {s: self.aggregator.refused.get(s, "deadline") for s in sites if s not in good}
-            claims = {s: self.aggregator.accepted[s].meta.get("epsilon_claim") for s in good}
+            metas = {s: self.aggregator.accepted[s].meta for s in good}
             append_line(
                 diary,
                 {
@@ -193,8 +199,9 @@ class FederatedRounds(ModelController):
                     "counted": counted,
                     "accepted": good,
                     "missing": reasons,
-                    "epsilon_claims": claims,
-                    "ledger_heads": {s: self.aggregator.accepted[s].meta.get("ledger_head") for s in good},
+                    "job": self.aggregator.job,
+                    "claims": {s: meta["claim"] for s, meta in metas.items()},
+                    "declared": {s: meta["declared"] for s, meta in metas.items() if "declared" in meta},
                     "seconds": round(time.time() - started, 3),
                 },
             )

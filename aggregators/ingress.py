@@ -1,25 +1,40 @@
 """Strict checks of one update, whole, before it touches the aggregate: accepted, or refused with a reason."""
 
+import re
+from collections.abc import Collection
+
 import numpy as np
 
 from clinifed.contract import Contract
 from clinifed.errors import UpdateError
-from clinifed.messages import META_KEYS, Update, allowed_names
+from clinifed.messages import DECLARABLE, META_KEYS, SIGNED, Update, allowed_names, release_sha256
+from clinifed.privacy.claims import disagreements
+from clinifed.privacy.signing import verify
 
 __all__ = ["check_update"]
 
+_NONCE = re.compile(r"[0-9a-f]{32}")
 
-def check_update(update: Update, contract: Contract, round_number: int, sent_already: bool) -> None:
+
+def check_update(
+    update: Update, contract: Contract, round_number: int, sent_already: bool, job: str, seen: Collection[str] = ()
+) -> None:
     """Raise UpdateError unless ``update`` is exactly what its site may send in this round.
+
+    Args:
+        job: this job's key.
+        seen: nonces that were accepted before.
 
     Guarantees:
         - Accepted updates hold the trunk and the heads of the site's own specialties, no more and no less.
         - Accepted arrays are float32, finite and of the contract's shape.
         - One update per site and round, for the current round and this contract.
+        - A site whose key the contract names is taken at its signature only.
+        - A claim that is incomplete, or not of this contract, is refused.
 
     Raises:
-        UpdateError: ``reason`` is one of unknown_site, wrong_round, duplicate, wrong_contract, wrong_meta,
-            wrong_names, wrong_dtype, wrong_shape, not_finite.
+        UpdateError: ``reason`` is one of unknown_site, wrong_round, duplicate, wrong_job, replayed, wrong_contract,
+            wrong_claim, wrong_meta, wrong_signature, wrong_names, wrong_dtype, wrong_shape, not_finite.
     """
     site, name = contract.sites.get(update.site), update.site
     if site is None:
@@ -28,10 +43,7 @@ def check_update(update: Update, contract: Contract, round_number: int, sent_alr
         raise UpdateError("wrong_round", f"{name} sent round {update.round!r} in round {round_number}")
     if sent_already:
         raise UpdateError("duplicate", f"{name} sent a second update in round {round_number}")
-    if update.meta.get("contract_sha256") != contract.sha256():
-        raise UpdateError("wrong_contract", f"{name} trained under another contract")
-    if extra := set(update.meta) - set(META_KEYS):
-        raise UpdateError("wrong_meta", f"{name} sent metadata {sorted(extra)}")
+    _check_meta(update, contract, job, seen)
     expected = allowed_names(contract.shapes, site.specialties)
     if set(update.params) != expected:
         raise UpdateError(
@@ -46,3 +58,31 @@ def check_update(update: Update, contract: Contract, round_number: int, sent_alr
             raise UpdateError("wrong_shape", f"{name}: {key} is {value.shape}, not {contract.shapes[key]}")
         if not np.isfinite(value).all():
             raise UpdateError("not_finite", f"{name}: {key} holds NaN or infinity")
+    public = site.public_key
+    if public and not verify(public, SIGNED, release_sha256(update), str(update.meta.get("signature"))):
+        raise UpdateError("wrong_signature", f"{name}: not signed by the key that the contract names")
+
+
+def _check_meta(update: Update, contract: Contract, job: str, seen: Collection[str]) -> None:
+    """The metadata: this job's, fresh, with an honest claim, and nothing that may not be there."""
+    name, meta = update.site, update.meta
+    claim = meta.get("claim")
+    if not isinstance(claim, dict) or claim.get("contract_sha256") != contract.sha256():
+        raise UpdateError("wrong_contract", f"{name} trained under another contract")
+    declared = meta.get("declared", {})
+    extra = set(meta) - set(META_KEYS)
+    extra |= set(declared) - set(DECLARABLE) if isinstance(declared, dict) else {"declared"}
+    if extra:
+        raise UpdateError("wrong_meta", f"{name} sent metadata {sorted(extra)}")
+    if meta.get("job") != job:
+        raise UpdateError("wrong_job", f"{name} sent an update of job {meta.get('job')!r} into {job!r}")
+    nonce = meta.get("nonce")
+    if not isinstance(nonce, str) or not _NONCE.fullmatch(nonce):
+        raise UpdateError("wrong_meta", f"{name} sent nonce {nonce!r}")
+    if nonce in seen:
+        raise UpdateError("replayed", f"{name} sent an update that was accepted before")
+    wrong = disagreements(claim, contract, name)
+    if claim.get("ledger_head") != meta.get("ledger_head"):
+        wrong.append("ledger_head is another one than the claim's")
+    if wrong:
+        raise UpdateError("wrong_claim", *(f"{name}: {text}" for text in wrong))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clinifed import __version__
+from clinifed.cli_privacy import add_privacy_verbs
 from clinifed.errors import ClinifedError
 
 __all__ = ["build_parser", "main"]
@@ -150,6 +151,7 @@ def _index(args: argparse.Namespace, console: _Console) -> None:
         "columns": dict(pair.partition("=")[::2] for pair in args.column or ()),
         "values": values,
         "split": args.split,
+        "issuer": args.issuer,
         **({} if args.holdout is None else {"holdout": args.holdout}),
     }
     report = index_folder(
@@ -223,6 +225,9 @@ def build_parser() -> argparse.ArgumentParser:
     job.add_argument("--out", type=Path, required=True, help="folder to write the job into")
     job.add_argument("--workspace", type=Path, help="also prepare data and a workspace for `nvflare simulator`")
 
+    privacy_parser = verbs.add_parser("privacy", help="plan, lint, audit, and the budget ledger")
+    add_privacy_verbs(privacy_parser.add_subparsers(title="verbs", required=True, metavar="VERB"), verb)
+
     data_parser = verbs.add_parser("data", help="images and manifests of one site")
     data = data_parser.add_subparsers(title="verbs", required=True, metavar="VERB")
     synthetic = verb("synthesize", _synthesize, "write synthetic hospitals as DICOM files", data)
@@ -254,6 +259,7 @@ def build_parser() -> argparse.ArgumentParser:
     index.add_argument(
         "--value", action="append", metavar="SPECIALTY:VALUE=LABEL", help="what a label in the CSV means"
     )
+    index.add_argument("--issuer", default="", help="whose PatientIDs those without IssuerOfPatientID are")
     index.add_argument("--split", choices=("train", "holdout"), help="put every patient there")
     index.add_argument("--holdout", type=float, help="share of patients held out otherwise (default: 0.2)")
     index.add_argument("--data-class", choices=("hospital", "public", "synthetic"), default="hospital")

@@ -9,7 +9,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from clinifed.messages import Declarable
+
 __all__ = [
+    "MAX_LABELS",
+    "SEPARATOR",
     "Aggregation",
     "Data",
     "Export",
@@ -24,6 +28,8 @@ __all__ = [
     "Training",
 ]
 
+MAX_LABELS = 62  # of one specialty: a set of them is kept in the bits of an int64
+SEPARATOR = "|"  # between the labels of one image, in a manifest
 _RESERVED = ("mean", "server", "public", "flare")  # these name other things in a run and in its summary
 
 
@@ -54,6 +60,10 @@ class Specialty(_Settings):
     def _enough(cls, labels: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
         if len(labels) < 2 or not all(labels.values()):
             raise ValueError("a specialty needs at least two labels, each with at least one prompt")
+        if len(labels) > MAX_LABELS:
+            raise ValueError(f"{len(labels)} labels; one specialty holds at most {MAX_LABELS}, split it")
+        if joined := [label for label in labels if SEPARATOR in label]:
+            raise ValueError(f"{joined[0]!r}: a label may not hold {SEPARATOR!r}, which joins the labels of one image")
         return labels
 
 
@@ -71,6 +81,7 @@ class Training(_Settings):
     learning_rate: float = Field(4.0, gt=0, le=1000)
     temperature: float = Field(10.0, gt=0, le=100)  # scale of the zero-shot logits at the start
     batch_size: int = Field(64, ge=1)  # images per physical batch; changes memory, never the result
+    pull: float = Field(0.0, ge=0, le=1)  # towards the zero-shot start, per unit of step; sees no data, after the noise
 
 
 class Privacy(_Settings):
@@ -81,6 +92,7 @@ class Privacy(_Settings):
     delta: float = Field(1e-5, gt=0, le=1e-3)
     max_grad_norm: float = Field(1.0, gt=0)  # C, the clip of one patient's gradient; public
     objective: str = "cross-entropy"  # a key of clinifed.privacy.OBJECTIVES
+    reserve_rounds: int = Field(0, ge=0, le=1000)  # paid for beforehand, used only where a crash lost a charge
 
 
 class Aggregation(_Settings):
@@ -118,6 +130,7 @@ class FolderIndex(_Settings):
     columns: dict[str, str] = Field(default_factory=dict)  # image|patient|specialty|label|caption|split → CSV column
     values: dict[str, dict[str, str]] = Field(default_factory=dict)  # specialty → value in the label column → label
     where: dict[str, tuple[str, ...]] = Field(default_factory=dict)  # CSV column → values of the rows to keep
+    issuer: str = ""  # whose PatientIDs those are that name no IssuerOfPatientID
     split: Literal["train", "holdout"] | None = None  # put every patient there
     holdout: float = Field(0.2, ge=0, lt=1)  # otherwise this share of patients, by a keyed hash, is held out
 
@@ -141,6 +154,8 @@ class Site(_Settings):
     index: FolderIndex | None = None
     data_class: DataClass = "hospital"
     ledger: Path | None = None  # needed for data of class hospital: it must outlive the run
+    declare: tuple[Declarable, ...] = ()  # what a simulated site's policy lets out un-noised; the card lists it
+    public_key: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None  # Ed25519, of the site's signatures
 
 
 class Export(_Settings):

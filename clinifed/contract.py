@@ -37,7 +37,8 @@ class Promise(_Agreed):
     mechanism: str = "gaussian, full batch"
     noise_multiplier: float  # σ, calibrated once for all releases; 0 with privacy off
     max_grad_norm: float  # C
-    releases: int  # rounds · local epochs: every local step is charged
+    reserve_rounds: int = Field(0, ge=0)  # more rounds that sigma pays for, for charges that a crash lost
+    releases: int  # (rounds + reserve rounds) · local epochs: every local step is charged
     objective: str
 
 
@@ -47,12 +48,13 @@ class ContractSite(_Agreed):
     specialties: tuple[str, ...]
     nominal_patients: int = Field(ge=1)  # N₀
     weight: float = Field(gt=0)  # in the average; from the contract, never from an update
+    public_key: str | None = None  # Ed25519, hexadecimal: whose signature this site's updates carry
 
 
 class Contract(_Agreed):
     """The agreement of one federation job."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     federation: str
     clinifed_version: str
     base_model: BaseModelRef

@@ -20,6 +20,7 @@ from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 from pydicom.filereader import read_file_meta_info
+from pydicom.multival import MultiValue
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi, convert_color_space
 from pydicom.pixels.utils import as_pixel_options
@@ -56,7 +57,12 @@ def identity(path: Path) -> tuple[str, str]:
     """
     with _reasons("damaged header"):
         ds = _open(path, stop_before_pixels=True)
-        return str(ds.get("IssuerOfPatientID") or ""), str(ds.get("PatientID") or "")
+        return _text(ds.get("IssuerOfPatientID")), _text(ds.get("PatientID"))
+
+
+def _text(value: object) -> str:
+    """A header's value as it stands; several values are joined by DICOM's own backslash."""
+    return "\\".join(map(str, value)) if isinstance(value, MultiValue) else str(value or "")
 
 
 def read_pixels(path: Path) -> Floats:

@@ -33,7 +33,7 @@ class Record:
     image: str  # path relative to the manifest, opaque
     patient: str  # keyed pseudonym
     specialty: str
-    label: str  # one of the specialty's labels, or empty
+    label: str  # one of the specialty's labels, several joined by "|" where any number may hold, or empty
     caption: str
     split: str  # one of SPLITS
 

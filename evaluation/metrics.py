@@ -6,17 +6,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
 from sklearn.metrics import recall_score, roc_auc_score
 
-__all__ = ["Scores", "mean_scores", "patient_scores"]
+__all__ = ["Scores", "mean_scores", "multi_label_scores", "patient_scores"]
 
 
 @dataclass(frozen=True)
 class Scores:
     """Figures of one model on one specialty."""
 
-    balanced_accuracy: float  # mean recall over the labels present, in [0, 1]
-    auroc: float | None  # macro, one label against the rest; None where only one label is present
+    balanced_accuracy: float  # mean recall over the labels (or the outcomes of each label) present, in [0, 1]
+    auroc: float | None  # macro, one label against the rest; None where no label has both outcomes
     patients: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -33,20 +34,51 @@ def patient_scores(logits: NDArray[np.floating], patient: NDArray[np.integer], l
         label: (R,) in [0, K). A patient with images of two labels counts once per label.
     """
     shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    probability = shifted / shifted.sum(axis=1, keepdims=True)  # (R, K)
-    cases, case_of = np.unique(np.stack([patient, label]), axis=1, return_inverse=True)  # (2, P), (R,)
-    case_of = case_of.reshape(-1)
-    truth = cases[1]
-    mean = np.zeros((len(truth), logits.shape[1]))
-    np.add.at(mean, case_of, probability)
-    mean /= np.bincount(case_of)[:, None]
+    mean, truth, patients = _by_case(shifted / shifted.sum(axis=1, keepdims=True), patient, label)
     present = np.unique(truth)
     auroc = None
     if len(present) > 1:
         # One label against the rest, over the labels that occur; for two labels both terms are equal.
         auroc = float(np.mean([roc_auc_score(truth == k, mean[:, k]) for k in present]))
     recall = recall_score(truth, mean.argmax(axis=1), labels=present, average="macro", zero_division=0)
-    return Scores(float(recall), auroc, len(np.unique(cases[0])))
+    return Scores(float(recall), auroc, patients)
+
+
+def multi_label_scores(
+    logits: NDArray[np.floating], patient: NDArray[np.integer], label_bits: NDArray[np.integer]
+) -> Scores:
+    """Scores by patient where any number of labels holds: each label is a question of its own.
+
+    The mean of the sigmoid over a patient's images decides; a label is said to hold above 0.5. Both figures are means
+    over the labels that have patients with and without them. Where there is none, the balanced accuracy is the mean
+    over all labels of how many are told right, and there is no AUROC.
+
+    Args:
+        logits: (R, K), one row per image.
+        patient: (R,), which patient an image belongs to.
+        label_bits: (R,), bit k set where label k holds. A patient whose images differ counts once per set of labels.
+    """
+    mean, bits, patients = _by_case(expit(logits), patient, label_bits)
+    truth = (bits[:, None] >> np.arange(logits.shape[1])) & 1 == 1  # (cases, K)
+    said = mean > 0.5
+    both = [k for k in range(truth.shape[1]) if truth[:, k].any() and not truth[:, k].all()]
+    if not both:
+        return Scores(float((said == truth).mean()), None, patients)
+    recalls = [(said[truth[:, k], k].mean() + (~said[~truth[:, k], k]).mean()) / 2 for k in both]
+    auroc = float(np.mean([roc_auc_score(truth[:, k], mean[:, k]) for k in both]))
+    return Scores(float(np.mean(recalls)), auroc, patients)
+
+
+def _by_case(
+    probability: NDArray[np.floating], patient: NDArray[np.integer], label: NDArray[np.integer]
+) -> tuple[NDArray[np.float64], NDArray[np.integer], int]:
+    """Mean of ``probability`` (R, K) over each pair of patient and label (cases, K), its label (cases,), patients."""
+    cases, case_of = np.unique(np.stack([patient, label]), axis=1, return_inverse=True)  # (2, cases), (R,)
+    case_of = case_of.reshape(-1)
+    mean = np.zeros((cases.shape[1], probability.shape[1]))
+    np.add.at(mean, case_of, probability)
+    mean /= np.bincount(case_of)[:, None]
+    return mean, cases[1], len(np.unique(cases[0]))
 
 
 def mean_scores(by_site: Mapping[str, Scores]) -> float:

@@ -17,6 +17,7 @@ from clinifed.models.adapters import GlobalModel
 from clinifed.models.backbone import Backbone
 from clinifed.models.embedding import cached_features
 from clinifed.privacy.engine import PatientTensors
+from clinifed.privacy.objectives import OBJECTIVES, Objective, encode_labels
 
 __all__ = ["patient_tensors"]
 
@@ -32,6 +33,7 @@ def patient_tensors(
     split: str | None,
     batch_size: int,
     cache: Path | None,
+    objective: Objective = OBJECTIVES["cross-entropy"],
 ) -> PatientTensors:
     """The patients of ``manifest`` as features (R, F) of the frozen part of ``model``.
 
@@ -40,6 +42,7 @@ def patient_tensors(
         split: ``train``, ``holdout``, or None for all.
         batch_size: images per forward pass.
         cache: owner-only folder for the features, or None.
+        objective: whose labels these are: one of the specialty's to an image, or several joined by ``|``.
 
     Images that cannot be read are left out and counted in the log; whether a patient counts depends on that
     patient's own files alone.
@@ -51,7 +54,13 @@ def patient_tensors(
     labels = {name: list(specialties[name].labels) for name in names}
     units = patients(manifest, split, names)
     records = [record for unit in units for record in unit.records]
-    unknown = Counter(r.specialty for r in records if r.label not in labels[r.specialty])
+    encoded: list[int] = []
+    unknown = Counter[str]()
+    for record in records:
+        try:
+            encoded.append(encode_labels(objective, labels[record.specialty], record.label))
+        except KeyError:
+            unknown[record.specialty] += 1
     if unknown:
         raise DataError(
             *(f"{manifest.path}: {n} images of {s} have a label outside {labels[s]}" for s, n in unknown.items())
@@ -80,7 +89,8 @@ def patient_tensors(
         "specialties": names,
     }
     cached = cached_features(cache, key, compute)
-    rows = [records[i] for i in cached["row"].tolist()]
+    kept_rows = cached["row"].tolist()
+    rows = [records[i] for i in kept_rows]
     missing = set(names) - {r.specialty for r in rows}
     if missing:
         raise DataError(f"{manifest.path}: no readable image of {', '.join(sorted(missing))}")
@@ -90,5 +100,5 @@ def patient_tensors(
         features=cached["features"],
         patient=torch.tensor([dense.setdefault(r.patient, len(dense)) for r in rows]),
         specialty=torch.tensor([names.index(r.specialty) for r in rows]),
-        label=torch.tensor([labels[r.specialty].index(r.label) for r in rows]),
+        label=torch.tensor([encoded[i] for i in kept_rows]),
     )

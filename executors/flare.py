@@ -1,30 +1,35 @@
-"""The FLARE Executor of a hospital: task in, update out. The only file of this folder that imports nvflare."""
+"""The FLARE Executor of a hospital: task in, update out. The training itself is in a process of its own."""
 
 import time
-import traceback
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from nvflare.apis.event_type import EventType
 from nvflare.apis.executor import Executor
-from nvflare.apis.fl_constant import ReturnCode
+from nvflare.apis.fl_constant import FilterKey, FLContextKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
+from nvflare.apis.job_def import JobMetaKey
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
-from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from nvflare.fuel.utils import fobs
+from nvflare.private.privacy_manager import PrivacyService
+from safetensors.numpy import save
 
 from clinifed.contract import Contract
-from clinifed.errors import ClinifedError, PrivacyError
-from clinifed.executors.trainer import SiteTrainer
+from clinifed.errors import ClinifedError, FederationError, PrivacyError
+from clinifed.executors.filters import ReleaseFilter, policy_of, to_shareable
+from clinifed.executors.process import TrainerGoneError, TrainerProcess
 from clinifed.files import append_line
-from clinifed.policy import SitePolicy, find_policy
+from clinifed.messages import Update, job_key
+from clinifed.policy import SitePolicy
+from clinifed.privacy.ledger import Ledger
+from clinifed.privacy.outbox import unpack
 
-__all__ = ["SiteExecutor"]
+__all__ = ["SIMULATOR", "SiteExecutor"]
+
+SIMULATOR = "simulator"  # the coordinator of jobs in FLARE's simulator, where nobody submits them
 
 
 class SiteExecutor(Executor):
@@ -35,73 +40,127 @@ class SiteExecutor(Executor):
 
     Args:
         contract: the federation's contract as plain data (see :class:`clinifed.contract.Contract`).
+        run: names this job besides FLARE's own name of it.
 
     Guarantees:
         - Errors leave as a return code only; their text stays in the site's log.
+        - Without the site's release filter in FLARE's privacy scope, or with filters that a job brings, nothing runs.
+        - A trainer that is killed costs the site that round at most, and never a second release for one charge.
     """
 
-    def __init__(self, contract: dict[str, Any]) -> None:
+    def __init__(self, contract: dict[str, Any], run: str) -> None:
         super().__init__()
         self.contract = contract  # FLARE's job exporter reads constructor arguments back from attributes
-        self._policy: SitePolicy | None = None
-        self._trainer: SiteTrainer | None = None
+        self.run = run
+        self._trainer: TrainerProcess | None = None
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        """One thread per process: simulated sites share the cores, and the steps are small."""
+        """Start the trainer with the job, so that its imports overlap with FLARE's; end it with the job."""
         if event_type == EventType.START_RUN:
-            torch.set_num_threads(1)
+            try:
+                self._start(fl_ctx)
+            except ClinifedError as error:  # told again, as a return code, when a task comes
+                self.log_error(fl_ctx, f"not started: {error}", fire_event=False)
+        elif event_type == EventType.END_RUN:
+            self._end(fl_ctx)
 
-    def _prepare(self, fl_ctx: FLContext) -> tuple[SitePolicy, SiteTrainer]:
-        """Policy and trainer, made at the first task of this process (a simulator may start one per task)."""
-        if self._policy is None or self._trainer is None:
-            local = Path(fl_ctx.get_engine().get_workspace().get_site_config_dir())
-            self._policy = find_policy(local, fl_ctx.get_identity_name())
-            self._trainer = SiteTrainer(Contract.model_validate(self.contract), self._policy)
-        return self._policy, self._trainer
+    def _job(self, fl_ctx: FLContext) -> str:
+        return job_key(fl_ctx.get_job_id(), self.run)
+
+    def _start(self, fl_ctx: FLContext) -> tuple[SitePolicy, TrainerProcess]:
+        """The site's policy, and its running trainer."""
+        policy = policy_of(fl_ctx)
+        if self._trainer is None or not self._trainer.alive:
+            contract = Contract.model_validate(self.contract)
+            self._trainer = TrainerProcess(contract, policy, self._job(fl_ctx), _coordinator(fl_ctx))
+        return policy, self._trainer
+
+    def _end(self, fl_ctx: FLContext) -> None:
+        """End the trainer, and return what is left of the job's reservation."""
+        if self._trainer is not None:
+            self._trainer.stop()
+        try:
+            if self.contract["promise"]["mode"] == "dp":
+                Ledger.of(policy_of(fl_ctx)).finish(self._job(fl_ctx))
+        except ClinifedError as error:
+            self.log_error(fl_ctx, f"the reservation was not returned: {error}", fire_event=False)
 
     def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
         """One round; a failure costs the federation this site for this round, never the job."""
         if task_name != AppConstants.TASK_TRAIN:
             return make_reply(ReturnCode.TASK_UNKNOWN)
         try:
-            started = time.perf_counter()
-            policy, trainer = self._prepare(fl_ctx)
-            prepared = time.perf_counter()
-            received = FLModelUtils.from_shareable(shareable)
-            delta = {name: torch.from_numpy(np.asarray(value)) for name, value in received.params.items()}
-            update = trainer.train(fl_ctx.get_job_id(), int(received.current_round), delta)
-            if abort_signal.triggered:
-                return make_reply(ReturnCode.TASK_ABORTED)
-            result = FLModelUtils.to_shareable(
-                FLModel(
-                    params_type=ParamsType.DIFF,
-                    params=update.params,
-                    current_round=update.round,
-                    meta=dict(update.meta),
-                )
-            )
-            append_line(
-                policy.diary,
-                {
-                    "job": fl_ctx.get_job_id(),
-                    "round": update.round,
-                    "prepare_s": round(prepared - started, 4),
-                    "compute_s": round(time.perf_counter() - prepared, 4),
-                    "bytes_sent": len(fobs.dumps(result)),
-                    "bytes_received": len(fobs.dumps(shareable)),
-                    "epsilon_spent": update.meta.get("epsilon_claim", 0.0),
-                },
-            )
-            return result
+            _refuse_open_door(fl_ctx)
+            return self._round(shareable, fl_ctx, abort_signal)
         except PrivacyError as error:
             self.log_error(fl_ctx, f"refused by policy: {error}", fire_event=False)
             return make_reply(ReturnCode.TASK_UNSUPPORTED)
         except ClinifedError as error:
             self.log_error(fl_ctx, str(error), fire_event=False)
-            return make_reply(ReturnCode.EXECUTION_RESULT_ERROR)
+            return make_reply(ReturnCode.TASK_ABORTED if abort_signal.triggered else ReturnCode.EXECUTION_RESULT_ERROR)
         except Exception as error:
-            # The text may quote data; its type and place are logged, and only locally.
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{Path(place.filename).name}:{place.lineno}"
-            self.log_error(fl_ctx, f"unexpected {type(error).__name__} at {where}", fire_event=False)
+            # The text may quote data; its type is logged, and only locally.
+            self.log_error(fl_ctx, f"unexpected {type(error).__name__}", fire_event=False)
             return make_reply(ReturnCode.EXECUTION_EXCEPTION)
+
+    def _round(self, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
+        started = time.perf_counter()
+        received = FLModelUtils.from_shareable(shareable)
+        delta = save({name: np.ascontiguousarray(value) for name, value in received.params.items()})
+        update = self._train(int(received.current_round), delta, fl_ctx, abort_signal)
+        result = to_shareable(update)
+        append_line(
+            policy_of(fl_ctx).diary,
+            {
+                "job": self._job(fl_ctx),
+                "round": update.round,
+                "compute_s": round(time.perf_counter() - started, 4),
+                "bytes_sent": len(fobs.dumps(result)),
+                "bytes_received": len(fobs.dumps(shareable)),
+                "claim": update.meta["claim"],
+            },
+        )
+        return result
+
+    def _train(self, number: int, delta: bytes, fl_ctx: FLContext, abort_signal: Signal) -> Update:
+        """One round in the trainer. If that was killed, a new one goes on from what is on the disk, once."""
+        timeout_s = float(self.contract["round_timeout_s"])
+        for last in (False, True):
+            policy, trainer = self._start(fl_ctx)
+            try:
+                frame = trainer.train(number, delta, lambda: bool(abort_signal.triggered), timeout_s)
+            except TrainerGoneError as error:
+                if last or abort_signal.triggered:
+                    raise
+                self.log_warning(fl_ctx, f"{error}; starting another", fire_event=False)
+                continue
+            if kind := frame.header.get("failed"):
+                problems = [f"{p} (more in {policy.log})" for p in frame.header["problems"]]
+                raise PrivacyError(*problems) if kind == "policy" else FederationError(*problems)
+            return unpack(frame.body)
+        raise AssertionError("unreachable")
+
+
+def _coordinator(fl_ctx: FLContext) -> str:
+    """Who submitted the job, by FLARE's word; a job cannot say it of itself."""
+    if fl_ctx.get_prop(FLContextKey.SIMULATE_MODE, False):
+        return SIMULATOR
+    meta = fl_ctx.get_prop(FLContextKey.JOB_META, {})
+    return str(meta.get(JobMetaKey.SUBMITTER_NAME.value, ""))
+
+
+def _refuse_open_door(fl_ctx: FLContext) -> None:
+    """Raise PrivacyError unless the site's release filter stands, last, on the way out."""
+    if fl_ctx.get_prop(FLContextKey.SIMULATE_MODE, False) and fl_ctx.get_prop(FLContextKey.SCOPE_OBJECT) is None:
+        # FLARE's simulator reads a site's privacy.json, but does not hand the scope on; elsewhere FLARE does.
+        fl_ctx.set_prop(FLContextKey.SCOPE_OBJECT, PrivacyService.get_scope(None), private=True, sticky=False)
+    scope = fl_ctx.get_prop(FLContextKey.SCOPE_OBJECT)
+    filters = scope.task_result_filters.get(FilterKey.OUT, []) if scope is not None else []
+    if not filters or not isinstance(filters[-1], ReleaseFilter):
+        raise PrivacyError(
+            f"{fl_ctx.get_identity_name()}: the site's privacy scope has no {ReleaseFilter.__name__} as its last "
+            "result filter; see that local/privacy.json is the one that came with the site's kit"
+        )
+    runner = fl_ctx.get_prop(FLContextKey.RUNNER)
+    if runner is not None and (runner.task_result_filters or runner.task_data_filters):
+        raise PrivacyError("the job brings filters of its own, which would come after the site's; it may not")

@@ -3,65 +3,43 @@
 import logging
 import time
 from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from clinifed.contract import Contract
-from clinifed.data.manifest import Manifest, read_manifest
-from clinifed.errors import ModelError, PrivacyError, UpdateError
+from clinifed.data.manifest import read_manifest
+from clinifed.errors import ModelError, UpdateError
 from clinifed.executors.features import patient_tensors
+from clinifed.executors.release import Releases, check_contract
 from clinifed.messages import Parameters, Update, allowed_names
 from clinifed.models.adapters import GlobalModel, TrainablePart, build_trainable
 from clinifed.models.backbone import load_backbone
 from clinifed.models.state import apply_delta
 from clinifed.policy import SitePolicy
-from clinifed.privacy.accountant import budget_units, cost_units
-from clinifed.privacy.engine import Mechanism, PatientTensors, plain_step, private_step
-from clinifed.privacy.ledger import Ledger
-from clinifed.privacy.objectives import resolve_objective
+from clinifed.privacy.engine import Mechanism, PatientTensors, plain_step, private_step, pull_towards
+from clinifed.privacy.objectives import label_counts, resolve_objective
+from clinifed.privacy.self_test import self_test
 
-__all__ = ["SiteTrainer", "check_contract", "local_steps"]
+__all__ = ["SiteTrainer", "local_steps"]
 
 log = logging.getLogger(__name__)
 
 
-def check_contract(contract: Contract, policy: SitePolicy, manifest: Manifest) -> None:
-    """Refuse a contract this site does not permit, before any image is read.
-
-    Raises:
-        PrivacyError: with every reason at once.
-    """
-    problems = []
-    promise = contract.promise
-    if policy.site not in contract.sites:
-        problems.append(f"site {policy.site} is not in the contract of {contract.federation}")
-    if promise.mode == "off":
-        if not policy.permit_privacy_off or manifest.data_class == "hospital":
-            problems.append(
-                f"the contract switches privacy off, but the data of {policy.site} is marked "
-                f"{manifest.data_class!r} and its policy says permit_privacy_off: {policy.permit_privacy_off}"
-            )
-    else:
-        cost = promise.releases * cost_units(promise.noise_multiplier)
-        budget = budget_units(policy.budget.epsilon, policy.budget.delta)
-        if cost > budget:
-            problems.append(
-                f"the contract costs {cost} units of budget, the policy of {policy.site} permits {budget} "
-                f"(epsilon {policy.budget.epsilon:g}, delta {policy.budget.delta:g})"
-            )
-        if promise.releases != contract.rounds * contract.training.local_epochs:
-            problems.append(
-                f"the contract says {promise.releases} releases, but {contract.rounds} rounds of "
-                f"{contract.training.local_epochs} local epochs are {contract.rounds * contract.training.local_epochs}"
-            )
-    if problems:
-        raise PrivacyError(*problems)
-
-
 def local_steps(
-    part: TrainablePart, data: PatientTensors, contract: Contract, nominal_patients: int, steps: int
+    part: TrainablePart,
+    start: Mapping[str, Tensor],
+    data: PatientTensors,
+    contract: Contract,
+    nominal_patients: int,
+    steps: int,
 ) -> None:
-    """``steps`` full-batch steps on ``part``, in place: private ones, already charged, unless privacy is off."""
+    """``steps`` full-batch steps on ``part``, in place: private ones, already charged, unless privacy is off.
+
+    Args:
+        start: the zero-shot parameters, towards which ``training.pull`` draws after each step. It sees no data.
+    """
     promise, training = contract.promise, contract.training
     objective = resolve_objective(promise.objective)
     for _ in range(steps):
@@ -70,47 +48,63 @@ def local_steps(
         else:
             mechanism = Mechanism(promise.noise_multiplier, promise.max_grad_norm, nominal_patients)
             private_step(part, data, objective, mechanism, training.learning_rate, training.batch_size)
+        if training.pull:
+            pull_towards(part, start, training.pull)
 
 
 class SiteTrainer:
     """A site's part in one job. State that must outlive the process is on the site's disk only.
 
+    Args:
+        contract: what the job brings.
+        policy: what the site permits.
+        job: the job's key, see :func:`clinifed.messages.job_key`.
+        coordinator: who submitted it, by FLARE's word.
+
     Guarantees:
         - Every release is charged to the ledger before its noise is drawn.
-        - What leaves is the noised change of the trunk and of the site's own heads, and nothing else.
+        - What leaves is the noised change of the trunk and of the site's own heads, and nothing un-noised that the
+          policy does not declare.
         - A contract beyond the policy, or a budget that does not pay, is refused before any image is read.
+        - Under differential privacy the noise is tested, without data, before anything is charged.
     """
 
-    def __init__(self, contract: Contract, policy: SitePolicy) -> None:
+    def __init__(self, contract: Contract, policy: SitePolicy, job: str, coordinator: str) -> None:
         self.contract, self.policy = contract, policy
         manifest = read_manifest(policy.manifest)
-        check_contract(contract, policy, manifest)
-        self.ledger = Ledger(policy.ledger, policy.site, policy.budget.epsilon, policy.budget.delta)
-        state = self.ledger.state()
-        if contract.promise.mode == "dp" and state.spent_units + self._cost() > state.budget_units:
-            raise PrivacyError(f"site {policy.site}: the budget is exhausted at epsilon {state.epsilon_spent:.4f}")
+        check_contract(contract, policy, coordinator, manifest.data_class)
+        if contract.promise.mode == "dp":
+            self_test()
         backbone = load_backbone(policy.model_ref or contract.base_model.ref)
         if backbone.sha256 != contract.base_model.sha256:
             raise ModelError(
                 f"site {policy.site} holds base model {backbone.sha256}, the contract wants "
                 f"{contract.base_model.sha256}; install the same weights"
             )
+        self.releases = Releases(contract, policy, job)
+        self.releases.reserve(manifest)  # before any image is read
         site = contract.sites[policy.site]
         mine = {name: contract.specialties[name] for name in sorted(site.specialties)}
         training = contract.training
+        self.objective = resolve_objective(contract.promise.objective)
         self.part = build_trainable(backbone, mine, training.train, training.temperature)
         self.start = {name: t.clone() for name, t in self.part.state_dict().items()}
         model = GlobalModel(backbone, self.part).eval()
         self.data = patient_tensors(
-            model, backbone, manifest, mine, split="train", batch_size=training.batch_size, cache=policy.cache
+            model,
+            backbone,
+            manifest,
+            mine,
+            split="train",
+            batch_size=training.batch_size,
+            cache=policy.cache,
+            objective=self.objective,
         )
 
-    def _cost(self) -> int:
-        """Budget units of one round."""
-        return self.contract.training.local_epochs * cost_units(self.contract.promise.noise_multiplier)
-
-    def train(self, job: str, round_number: int, delta: Mapping[str, Tensor]) -> Update:
+    def train(self, round_number: int, delta: Mapping[str, Tensor]) -> Update:
         """One round from the global ``delta`` (name → float32 tensor); returns this site's change.
+
+        Asked again for a round that was released, it returns the same bytes.
 
         Raises:
             BudgetExceededError: the site's budget does not pay for the round.
@@ -120,24 +114,38 @@ class SiteTrainer:
         if names != set(self.start):
             raise UpdateError("wrong_names", f"the server sent {sorted(delta)}, this site needs {sorted(self.start)}")
         began = apply_delta(self.start, {name: delta[name] for name in names})
-        self.part.load_state_dict(began)
-        started = time.perf_counter()
-        contract, promise = self.contract, self.contract.promise
-        meta: dict[str, str | float] = {"contract_sha256": contract.sha256()}
-        if promise.mode == "dp":
-            state = self.ledger.charge(
-                self._cost(),
-                job=job,
-                round=round_number,
-                contract=contract.sha256(),
-                releases=contract.training.local_epochs,
-                noise_multiplier=promise.noise_multiplier,
-                max_grad_norm=promise.max_grad_norm,
-                nominal_patients=contract.sites[self.policy.site].nominal_patients,
-            )
-            meta |= {"ledger_head": state.head, "epsilon_claim": state.epsilon_spent}
-        nominal = contract.sites[self.policy.site].nominal_patients
-        local_steps(self.part, self.data, contract, nominal, contract.training.local_epochs)
-        params: Parameters = {n: (t - began[n]).numpy() for n, t in self.part.state_dict().items()}
-        log.info("round %d: trained in %.2f s", round_number, time.perf_counter() - started)
-        return Update(self.policy.site, round_number, params, meta)
+
+        def make() -> tuple[Parameters, dict[str, Any]]:
+            started = time.perf_counter()
+            self.part.load_state_dict(began)
+            declared = self._declared()
+            nominal = self.contract.sites[self.policy.site].nominal_patients
+            epochs = self.contract.training.local_epochs
+            local_steps(self.part, self.start, self.data, self.contract, nominal, epochs)
+            log.info("round %d: trained in %.2f s", round_number, time.perf_counter() - started)
+            return {n: (t - began[n]).numpy() for n, t in self.part.state_dict().items()}, declared
+
+        return self.releases.release(round_number, make)
+
+    @torch.no_grad()
+    def _declared(self) -> dict[str, Any]:
+        """What the policy declares of the site's data, as it is, without noise; the model's card lists it."""
+        specialties, data = self.contract.specialties, self.data
+        names = sorted(self.contract.sites[self.policy.site].specialties)
+        figures: dict[str, Any] = {}
+        for what in self.policy.declare:
+            if what == "patient_count":
+                figures[what] = data.patients
+            elif what == "image_count":
+                figures[what] = len(data.patient)
+            elif what == "label_counts":
+                figures[what] = {
+                    name: label_counts(
+                        self.objective, data.label[data.specialty == index], len(specialties[name].labels)
+                    )
+                    for index, name in enumerate(names)
+                }
+            elif what == "train_loss":
+                losses = self.objective(self.part(data.features), data.specialty, data.label)
+                figures[what] = float(losses.mean())
+        return figures

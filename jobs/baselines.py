@@ -7,27 +7,35 @@ import torch
 from torch import Tensor
 
 from clinifed.contract import Contract
-from clinifed.evaluation.metrics import Scores, patient_scores
+from clinifed.evaluation.metrics import Scores, multi_label_scores, patient_scores
 from clinifed.executors.trainer import local_steps
 from clinifed.models.adapters import TrainablePart, build_trainable
 from clinifed.models.backbone import Backbone
 from clinifed.privacy.engine import PatientTensors
+from clinifed.privacy.objectives import OBJECTIVES, Objective, resolve_objective
 
 __all__ = ["load_part", "local_scores", "score_part"]
 
 
 @torch.inference_mode()
-def score_part(part: TrainablePart, public: PatientTensors, names: list[str]) -> dict[str, Scores]:
+def score_part(
+    part: TrainablePart,
+    public: PatientTensors,
+    names: list[str],
+    objective: Objective = OBJECTIVES["cross-entropy"],
+) -> dict[str, Scores]:
     """Scores of ``part`` on public patients, for each of its specialties.
 
     Args:
         public: features; ``specialty`` counts ``names``, sorted.
+        objective: whose labels ``public`` holds.
     """
     logits = part(public.features)
+    figures = patient_scores if objective.labels == "one" else multi_label_scores
     scores = {}
     for name in sorted(logits):
         rows = public.specialty == names.index(name)
-        scores[name] = patient_scores(
+        scores[name] = figures(
             logits[name][rows].double().numpy(), public.patient[rows].numpy(), public.label[rows].numpy()
         )
     return scores
@@ -53,9 +61,11 @@ def local_scores(
     if not private:
         promise = contract.promise.model_copy(update={"mode": "off"})
         contract = contract.model_copy(update={"promise": promise})
+    start = {name: tensor.clone() for name, tensor in part.state_dict().items()}
+    steps = contract.rounds * contract.training.local_epochs
     with _one_thread():
-        local_steps(part, data, contract, agreed.nominal_patients, contract.rounds * contract.training.local_epochs)
-    return score_part(part, public, names)
+        local_steps(part, start, data, contract, agreed.nominal_patients, steps)
+    return score_part(part, public, names, resolve_objective(contract.promise.objective))
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from clinifed.jobs.baselines import score_part
 from clinifed.models.adapters import GlobalModel, build_trainable
 from clinifed.models.backbone import load_backbone
 from clinifed.models.state import read_checkpoint
+from clinifed.privacy.objectives import resolve_objective
 
 __all__ = ["evaluate_checkpoint", "scores_table"]
 
@@ -47,6 +48,7 @@ def evaluate_checkpoint(checkpoint: Path, test: Path | None, model_ref: str | No
     every = TypeAdapter(dict[str, Specialty]).validate_python(read.card["specialties"])
     names = sorted({r.specialty for r in manifest.records} & set(every))
     training = read.card["training"]
+    objective = resolve_objective(read.card["objective"])
     start = build_trainable(backbone, every, training["train"], training["temperature"])
     trained = build_trainable(backbone, every, training["train"], training["temperature"], read.params)
     public = patient_tensors(
@@ -57,8 +59,9 @@ def evaluate_checkpoint(checkpoint: Path, test: Path | None, model_ref: str | No
         split=None,
         batch_size=_BATCH,
         cache=None,
+        objective=objective,
     )
-    zero_shot, federated = score_part(start, public, names), score_part(trained, public, names)
+    zero_shot, federated = (score_part(part, public, names, objective) for part in (start, trained))
     return {
         "checkpoint": str(checkpoint),
         "test": {"sha256": manifest.sha256, "data_class": manifest.data_class},

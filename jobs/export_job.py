@@ -5,7 +5,7 @@ from pathlib import Path
 
 from clinifed.config import Federation
 from clinifed.errors import ConfigError
-from clinifed.jobs.prepare import prepare_data, site_policies, write_site_folder
+from clinifed.jobs.prepare import make_site_keys, prepare_data, site_policies, write_site_folder
 from clinifed.jobs.recipe import FederationRecipe, build_contract
 from clinifed.models.backbone import load_backbone
 
@@ -26,12 +26,15 @@ def export_job(
     target = out / federation.name
     if target.exists():
         raise ConfigError(f"--out {out}: {target} exists; choose another folder")
-    contract = build_contract(federation, load_backbone(federation.model.ref))
+    backbone = load_backbone(federation.model.ref)
     written = {"job": target}
-    if workspace is not None:
-        data = prepare_data(federation, workspace.with_name(f"{workspace.name}-data").resolve(), progress)
-        policies = site_policies(federation, data, workspace.with_name(f"{workspace.name}-data").resolve())
-        write_site_folder(workspace / "local", policies, contract)
+    if workspace is None:
+        contract = build_contract(federation, backbone)
+    else:
+        home = workspace.with_name(f"{workspace.name}-data").resolve()
+        contract = build_contract(federation, backbone, make_site_keys(federation, home))
+        data = prepare_data(federation, home / "data", progress)
+        write_site_folder(workspace / "local", site_policies(federation, data, home, contract), contract)
         written["workspace"] = workspace
     FederationRecipe(contract).write(out)
     progress(f"contract {contract.sha256()}")

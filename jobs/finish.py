@@ -23,8 +23,10 @@ from clinifed.models.adapters import GlobalModel
 from clinifed.models.backbone import Backbone
 from clinifed.models.state import apply_delta
 from clinifed.policy import SitePolicy
+from clinifed.privacy.claims import claim_schema, make_claim
 from clinifed.privacy.engine import PatientTensors
 from clinifed.privacy.ledger import Ledger
+from clinifed.privacy.objectives import resolve_objective
 
 __all__ = ["evaluate_run", "save_checkpoint", "site_claims", "summarise", "summary_schema"]
 
@@ -48,6 +50,7 @@ def _features(
         split=split,
         batch_size=contract.training.batch_size,
         cache=cache,
+        objective=resolve_objective(contract.promise.objective),
     )
 
 
@@ -74,8 +77,9 @@ def evaluate_run(
     tested = sorted({r.specialty for r in data.test.records} & set(names))
     model = GlobalModel(backbone, start_part).eval()  # only its frozen part is read here
     public = _features(contract, model, backbone, data.test, tested, None, None)
-    zero_shot = score_part(start_part, public, tested)
-    federated = score_part(load_part(contract, backbone, params), public, tested)
+    objective = resolve_objective(contract.promise.objective)
+    zero_shot = score_part(start_part, public, tested, objective)
+    federated = score_part(load_part(contract, backbone, params), public, tested, objective)
     alone: dict[bool, dict[str, dict[str, Scores]]] = {True: {}, False: {}}
     if all(manifest.data_class != "hospital" for manifest in data.sites.values()):
         progress("training every site alone, for comparison")
@@ -88,7 +92,7 @@ def evaluate_run(
     metrics: dict[str, Any] = {}
     for name in tested:
         entry: dict[str, Any] = {
-            "chance": 1 / len(contract.specialties[name].labels),
+            "chance": 1 / len(contract.specialties[name].labels) if objective.labels == "one" else 0.5,
             "zero_shot": zero_shot[name].to_dict(),
             "local_only_dp": None,
             "local_only": None,
@@ -105,37 +109,24 @@ def evaluate_run(
     return metrics, params
 
 
-def _claim(
-    contract: Contract, site: str, epsilon: float | None, head: str | None, budget: float | None
-) -> dict[str, Any]:
-    """The privacy statement of one site: a number never goes without its unit, relation and delta."""
-    promise = contract.promise
-    private = promise.mode == "dp"
-    return {
-        "epsilon": epsilon if private else None,
-        "delta": promise.delta if private else None,
-        "unit": promise.unit,
-        "relation": promise.relation,
-        "mechanism": promise.mechanism if private else "none",
-        "noise_multiplier": promise.noise_multiplier if private else None,
-        "max_grad_norm": promise.max_grad_norm if private else None,
-        "nominal_patients": contract.sites[site].nominal_patients,
-        "trust_model": "each site adds its own noise before anything leaves it",
-        "budget_epsilon": budget if private else None,
-        "ledger_head": head if private else None,
-    }
-
-
 def site_claims(contract: Contract, policies: dict[str, SitePolicy]) -> dict[str, dict[str, Any]]:
-    """Every site's claim, from its own verified ledger (simulated sites: their files are at hand)."""
+    """Every site's claim over its ledger's lifetime, from the verified file (simulated sites: theirs are at hand)."""
     claims = {}
     for name, policy in policies.items():
         if contract.promise.mode == "off":
-            claims[name] = _claim(contract, name, None, None, None)
+            claims[name] = make_claim(contract, name, "lifetime")
         else:
-            state = Ledger(policy.ledger, name, policy.budget.epsilon, policy.budget.delta).state()
-            claims[name] = _claim(contract, name, state.epsilon_spent, state.head, policy.budget.epsilon)
+            state = Ledger.of(policy).state()
+            claims[name] = make_claim(
+                contract, name, "lifetime", state.spent_units, state.delta, state.head, state.epsilon_budget
+            )
     return claims
+
+
+def _declared(rounds: list[dict[str, Any]], site: str) -> dict[str, Any]:
+    """What ``site`` told of its data, un-noised, by its own policy; the last round's word."""
+    told: list[dict[str, Any]] = [entry["declared"][site] for entry in rounds if site in entry["declared"]]
+    return told[-1] if told else {}
 
 
 def save_checkpoint(
@@ -158,8 +149,10 @@ def save_checkpoint(
         "clinifed_version": contract.clinifed_version,
         "federation": contract.federation,
         "contract_sha256": contract.sha256(),
+        "job": rounds[0]["job"],
         "base_model": contract.base_model.model_dump(),
         "training": contract.training.model_dump(),
+        "objective": contract.promise.objective,
         "specialties": {n: s.model_dump(mode="json") for n, s in contract.specialties.items()},
         "rounds": contract.rounds,
         "sites": {
@@ -167,6 +160,7 @@ def save_checkpoint(
                 "specialties": list(site.specialties),
                 "rounds_accepted": sum(name in entry["accepted"] for entry in rounds),
                 "privacy": claims[name],
+                "declared": _declared(rounds, name),
             }
             for name, site in contract.sites.items()
         },
@@ -206,6 +200,7 @@ def summarise(
                 for entry in rounds
             ],
             "privacy": claims[name],
+            "declared": _declared(rounds, name),
         }
     summary = {
         "schema_version": 1,
@@ -225,4 +220,5 @@ def summarise(
 def summary_schema() -> dict[str, Any]:
     """The JSON Schema of ``summary.json``, as shipped with the package."""
     schema: dict[str, Any] = json.loads(files("clinifed").joinpath(_SCHEMA).read_text(encoding="utf-8"))
+    schema["$defs"]["privacy"] = claim_schema()  # the file names it by reference
     return schema

@@ -45,8 +45,7 @@ def follow(
         ended = process.poll() is not None
         for name, policy in policies.items():
             for entry in read_lines(policy.diary)[told[name] :]:
-                spent = f", epsilon {entry['epsilon_spent']:.3f} spent" if contract.promise.mode == "dp" else ""
-                progress(f"  {name}: round {entry['round'] + 1} trained in {entry['compute_s']:.2f} s{spent}")
+                progress(f"  {name}: round {entry['round'] + 1} trained in {entry['compute_s']:.2f} s")
                 told[name] += 1
                 last_sign = time.monotonic()
         path = server_file(workspace, ROUNDS_FILE)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
 from nvflare.app_common.widgets.component_path_authorizer import CLASS_ALLOW_LIST
 
 from clinifed.config import DataClass, Federation, FolderIndex
@@ -14,16 +13,22 @@ from clinifed.contract import Contract
 from clinifed.data.index import index_folder
 from clinifed.data.manifest import Manifest, read_manifest
 from clinifed.data.synthesize import synthesize
-from clinifed.errors import ClinifedError, DataError
+from clinifed.errors import ClinifedError, DataError, LedgerError
+from clinifed.executors.filters import privacy_scope
+from clinifed.executors.flare import SIMULATOR
 from clinifed.files import write_atomic, write_json
 from clinifed.policy import POLICY_FOLDER, Budget, SitePolicy
+from clinifed.privacy.ledger import Ledger
+from clinifed.privacy.signing import make_signing_key, public_key, read_signing_key
 
-__all__ = ["ALLOWED_CLASSES", "PreparedData", "prepare_data", "site_policies", "write_site_folder"]
+__all__ = ["ALLOWED_CLASSES", "PreparedData", "make_site_keys", "prepare_data", "site_policies", "write_site_folder"]
 
 log = logging.getLogger(__name__)
 
-# FLARE runs a job only if each of its classes is on the site's list; ours come from the installed package.
-ALLOWED_CLASSES = [*DEFAULT_CLASS_ALLOW_LIST, "clinifed."]
+# FLARE runs a job only if each of its classes is on the site's list. Ours come from the installed package; FLARE's
+# stock list is left out, since it would let a job bring executors and senders that the release filter never sees.
+ALLOWED_CLASSES = ["clinifed."]
+_KEY = "signing.key"
 
 
 @dataclass(frozen=True)
@@ -105,32 +110,69 @@ def prepare_data(federation: Federation, folder: Path, progress: Callable[[str],
     )
 
 
-def site_policies(federation: Federation, data: PreparedData, run: Path) -> dict[str, SitePolicy]:
-    """The policies of simulated sites, from the federation's configuration."""
-    policies = {}
+def _home(run: Path, site: str) -> Path:
+    """What a simulated site keeps for itself."""
+    home = run / "sites" / site
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return home
+
+
+def make_site_keys(federation: Federation, run: Path) -> dict[str, str]:
+    """A signing key for each simulated site, made where there is none; returns the public halves for the contract."""
+    keys = {}
+    for name in federation.sites:
+        path = _home(run, name) / _KEY
+        keys[name] = public_key(read_signing_key(path) if path.exists() else make_signing_key(path))
+    return keys
+
+
+def site_policies(federation: Federation, data: PreparedData, run: Path, contract: Contract) -> dict[str, SitePolicy]:
+    """The policies of simulated sites, from the federation's configuration, and their ledgers.
+
+    Raises:
+        LedgerError: the ledger of a hospital's data is not there; its steward makes it, once, for its lifetime.
+    """
+    policies, missing = {}, []
     for name, manifest in data.sites.items():
-        home = run / "sites" / name
-        home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        site = federation.sites[name]
-        policies[name] = SitePolicy(
+        home, site = _home(run, name), federation.sites[name]
+        policy = policies[name] = SitePolicy(
             site=name,
             manifest=manifest.path,
             ledger=site.ledger or home / "ledger.jsonl",
+            outbox=home / "outbox",
+            signing_key=home / _KEY,
             cache=home / "cache",
             diary=home / "diary.jsonl",
             budget=Budget(epsilon=site.budget_epsilon or federation.privacy.epsilon, delta=federation.privacy.delta),
+            min_nominal_patients=1,
+            approved_contracts=(contract.sha256(),),
+            coordinators=(SIMULATOR,),
+            declare=site.declare,
             permit_privacy_off=federation.privacy.mode == "off",
         )
+        ledger = Ledger.of(policy)
+        if contract.promise.mode == "off" or ledger.chain.path.exists() or ledger.chain.anchor.exists():
+            continue
+        if site.ledger is not None and manifest.data_class == "hospital":
+            missing.append(
+                f"sites.{name}.ledger: {site.ledger} is not there; the data is a hospital's, so its steward makes it, "
+                f"once: `clinifed privacy ledger init {site.ledger} --site {name} --epsilon E --delta D`"
+            )
+        else:
+            ledger.create()
+    if missing:
+        raise LedgerError(*missing)
     return policies
 
 
 def write_site_folder(local: Path, policies: dict[str, SitePolicy], contract: Contract) -> None:
-    """Write a FLARE folder ``local``: the class allow-list, and the policies of the sites that live there.
+    """Write a FLARE folder ``local``: class allow-list, privacy scope, and the policies of the sites that live there.
 
     In a simulation all sites share one such folder; a real site has its own.
     """
     local.mkdir(parents=True, exist_ok=True)
     write_json(local / "resources.json", {"format_version": 2, CLASS_ALLOW_LIST: ALLOWED_CLASSES})
+    write_json(local / "privacy.json", privacy_scope())
     (local / POLICY_FOLDER).mkdir(exist_ok=True)
     for name, policy in policies.items():
         if name in contract.sites:

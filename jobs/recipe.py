@@ -1,7 +1,8 @@
 """Federation → contract → FLARE job. Code is never shipped with a job: every site has clinifed installed."""
 
+import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,13 @@ from clinifed.privacy.objectives import resolve_objective
 __all__ = ["FederationRecipe", "build_contract"]
 
 
-def build_contract(federation: Federation, backbone: Backbone) -> Contract:
+def build_contract(
+    federation: Federation, backbone: Backbone, public_keys: Mapping[str, str] | None = None
+) -> Contract:
     """The contract of ``federation`` on ``backbone``: sigma is calibrated here, once for all rounds.
+
+    Args:
+        public_keys: site → Ed25519 key, hexadecimal, where the configuration names none (simulated sites).
 
     Raises:
         ConfigError: a specialty is not known.
@@ -41,7 +47,7 @@ def build_contract(federation: Federation, backbone: Backbone) -> Contract:
         raise ConfigError(f"specialty {error.args[0]!r} is not known; define it under `specialties:`") from None
     training, privacy = federation.training, federation.privacy
     resolve_objective(privacy.objective)
-    releases = federation.rounds * training.local_epochs
+    releases = (federation.rounds + privacy.reserve_rounds) * training.local_epochs
     private = privacy.mode == "dp"
     part = build_trainable(backbone, specialties, training.train, training.temperature)
     by_patients = federation.aggregation.weights == "nominal_patients"
@@ -57,6 +63,7 @@ def build_contract(federation: Federation, backbone: Backbone) -> Contract:
             delta=privacy.delta,
             noise_multiplier=noise_multiplier_for(privacy.epsilon, privacy.delta, releases) if private else 0.0,
             max_grad_norm=privacy.max_grad_norm,
+            reserve_rounds=privacy.reserve_rounds,
             releases=releases,
             objective=privacy.objective,
         ),
@@ -71,6 +78,7 @@ def build_contract(federation: Federation, backbone: Backbone) -> Contract:
                 specialties=tuple(sorted(site.specialties)),
                 nominal_patients=federation.nominal_patients(name),
                 weight=float(federation.nominal_patients(name)) if by_patients else 1.0,
+                public_key=(public_keys or {}).get(name, site.public_key),
             )
             for name, site in sorted(federation.sites.items())
         },
@@ -82,11 +90,12 @@ class FederationRecipe(Recipe):
     """The FLARE recipe of one contract: controller, aggregator and persistor at the server, our executor at sites."""
 
     def __init__(self, contract: Contract) -> None:
+        run = uuid.uuid4().hex
         plain: dict[str, Any] = contract.model_dump(mode="json")
         job = FedJob(name=contract.federation, min_clients=contract.min_clients)
         job.to_server(SafetensorsPersistor(plain), id=AppConstants.DEFAULT_PERSISTOR_ID)
-        job.to_server(FederatedRounds(plain, SpecialtyAggregator(plain)))
-        job.to_clients(SiteExecutor(plain), tasks=[AppConstants.TASK_TRAIN])
+        job.to_server(FederatedRounds(plain, run, SpecialtyAggregator(plain)))
+        job.to_clients(SiteExecutor(plain, run), tasks=[AppConstants.TASK_TRAIN])
         # Without this FLARE copies our source into the job and marks it as bring-your-own-code.
         job.set_app_packages(["clinifed"])
         super().__init__(job)

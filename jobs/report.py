@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.table import Table
 
-__all__ = ["DISCLAIMER", "export_table", "metrics_table", "privacy_table"]
+__all__ = ["DISCLAIMER", "export_table", "ledger_tables", "metrics_table", "privacy_table"]
 
 DISCLAIMER = (
     "Balanced accuracy by patient on the public test set, as it came out: no column is promised to win. "
@@ -31,16 +31,24 @@ def metrics_table(summary: dict[str, Any]) -> Table:
 def privacy_table(summary: dict[str, Any]) -> Table:
     """Per hospital: epsilon spent of its budget, with unit and relation."""
     claims = [site["privacy"] for site in summary["sites"].values()]
-    delta = next((f", delta {c['delta']:g}" for c in claims if c["delta"] is not None), "")
-    relation = claims[0]["relation"].replace("_", "/") if claims else ""
-    table = Table(title=f"privacy per patient ({relation}{delta}), by each hospital's own ledger")
-    for column in ("hospital", "specialties", "epsilon", "budget", "rounds"):
+    first = claims[0] if claims else None
+    title = "privacy"
+    if first is not None and first["accountant"] is not None:
+        accountant = f"{first['accountant']['name']}, {first['accountant']['version']}"
+        title = (
+            f"privacy per {first['unit']} ({first['relation'].replace('_', '/')}, delta {first['delta']:g}), by each "
+            f"hospital's own ledger\n{accountant}; {first['trust_model']}"
+        )
+    table = Table(title=title)
+    for column in ("hospital", "specialties", "N₀", "epsilon", "budget", "rounds", "ledger head"):
         table.add_column(column, overflow="fold")
     for (name, site), claim in zip(summary["sites"].items(), claims, strict=True):
         spent = "off" if claim["epsilon"] is None else f"{claim['epsilon']:.4f}"
         budget = "–" if claim["budget_epsilon"] is None else f"{claim['budget_epsilon']:g}"
         counted = sum(r["accepted"] for r in site["rounds"])
-        table.add_row(name, ", ".join(site["specialties"]), spent, budget, f"{counted} of {len(site['rounds'])}")
+        rounds, head = f"{counted} of {len(site['rounds'])}", claim["ledger_head"] or "–"
+        nominal = str(claim["nominal_patients"])
+        table.add_row(name, ", ".join(site["specialties"]), nominal, spent, budget, rounds, head[:16])
     return table
 
 
@@ -58,3 +66,24 @@ def export_table(report: dict[str, Any]) -> Table:
         verdict = "packed" if packed else "; ".join(row["failures"])
         table.add_row(row["precision"], *text, cosine, _percent(parity["top1_agreement"]), verdict)
     return table
+
+
+def ledger_tables(report: dict[str, Any]) -> list[Any]:
+    """What a ledger says: the sum with all that belongs to it, and each job's part."""
+    accountant = f"{report['accountant']['name']}, {report['accountant']['version']}"
+    lines = [
+        f"site {report['site']}: epsilon {report['epsilon']:.6f} of {report['budget_epsilon']:g} spent per "
+        f"{report['unit']} ({report['relation'].replace('_', '/')}, delta {report['delta']:g}; {accountant}; "
+        f"{report['trust_model']})",
+        f"{report['records']} records, format {report['format']}, head {report['ledger_head']}",
+    ]
+    if report["reserved_units"]:
+        lines.append(f"reserved for jobs under way: epsilon {report['reserved_epsilon']:.6f} on its own")
+    table = Table()
+    for column in ("job", "epsilon alone", "charges", "released", "lost", "state", "contract"):
+        table.add_column(column, overflow="fold")
+    for job in report["jobs"]:
+        state = "finished" if job["finished"] else "under way" if job["reserved_units"] else "ended"
+        counts = [str(job[name]) for name in ("charges", "releases", "lost_charges")]
+        table.add_row(job["job"], f"{job['epsilon']:.6f}", *counts, state, job["contract_sha256"][:16])
+    return [*lines, table] if report["jobs"] else lines

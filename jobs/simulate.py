@@ -12,15 +12,16 @@ from clinifed.errors import ClinifedError, ConfigError, FederationError
 from clinifed.files import write_json
 from clinifed.jobs.finish import evaluate_run, save_checkpoint, site_claims, summarise
 from clinifed.jobs.follow import follow, server_file
-from clinifed.jobs.prepare import prepare_data, site_policies, write_site_folder
+from clinifed.jobs.prepare import make_site_keys, prepare_data, site_policies, write_site_folder
 from clinifed.jobs.recipe import build_contract
 from clinifed.jobs.simulator import simulator_process
 from clinifed.models.backbone import load_backbone
+from clinifed.privacy.claims import TRUST_MODEL
 
 __all__ = ["simulate"]
 
 DATA_FOLDER = "data"  # beneath the run: synthesized or indexed data
-# One process each, of 0.9 GB (measured; torch and open_clip are the most of it): within a machine of 24 GB.
+# Each has a trainer of 0.9 GB (measured; torch and open_clip are the most of it): within a machine of 24 GB.
 _MAX_PROCESSES = 16
 
 
@@ -73,12 +74,13 @@ def _run(
     federation: Federation, run: Path, progress: Callable[[str], None], threads: int, started: float
 ) -> dict[str, Any]:
     backbone = load_backbone(federation.model.ref)
-    contract = build_contract(federation, backbone)
+    contract = build_contract(federation, backbone, make_site_keys(federation, run))
     promise = contract.promise
     if promise.mode == "dp":
         progress(
-            f"{len(contract.sites)} hospitals, {contract.rounds} rounds, epsilon {promise.epsilon:g} per patient at "
-            f"delta {promise.delta:g}: {promise.releases} releases at sigma {promise.noise_multiplier:.3f}"
+            f"{len(contract.sites)} hospitals, {contract.rounds} rounds: {promise.releases} releases at sigma "
+            f"{promise.noise_multiplier:.3f}, at most epsilon {promise.epsilon:g} per {promise.unit} "
+            f"({promise.relation.replace('_', '/')}, delta {promise.delta:g}; {TRUST_MODEL})"
         )
     else:
         progress(f"{len(contract.sites)} sites, {contract.rounds} rounds, privacy off (public or synthetic data only)")
@@ -86,7 +88,7 @@ def _run(
     for name, manifest in data.sites.items():
         count = len({r.patient for r in manifest.records}), len(manifest.records)
         progress(f"  {name}: {count[0]} patients, {count[1]} images, {', '.join(contract.sites[name].specialties)}")
-    policies = site_policies(federation, data, run)
+    policies = site_policies(federation, data, run, contract)
     workspace = run / "flare"
     write_site_folder(workspace / contract.federation / "local", policies, contract)
     log_file = run / "log.txt"

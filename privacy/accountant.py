@@ -24,7 +24,9 @@ __all__ = [
 ]
 
 MU2_UNIT = 1e-12  # one unit of budget; ε = 1, δ = 1e-5 is 71,8xx,xxx,xxx of them
+_MAX_EPSILON = 1000.0
 _MU_RANGE = (1e-9, 100.0)  # wider than any ε in [1e-8, 1000] needs
+_LEAST_SIGMA = 1 / _MU_RANGE[1]
 
 
 def delta_of(mu: float, epsilon: float) -> float:
@@ -47,20 +49,28 @@ def mu_squared(epsilon: float, delta: float) -> float:
     Raises:
         PrivacyError: ε or δ is outside the open ranges (0, 1000) and (0, 1).
     """
-    if not (0 < epsilon < 1000 and 0 < delta < 1):
+    if not (0 < epsilon < _MAX_EPSILON and 0 < delta < 1):
         raise PrivacyError(f"epsilon={epsilon!r}, delta={delta!r}: need 0 < epsilon < 1000 and 0 < delta < 1")
     mu = brentq(lambda m: delta_of(m, epsilon) - delta, *_MU_RANGE, xtol=1e-15, rtol=1e-14)
     return float(mu) ** 2
 
 
 def epsilon_of(mu2_units: int, delta: float) -> float:
-    """The ε that ``mu2_units`` · 1e-12 of spent μ² amounts to at ``delta``; 0 where nothing was spent."""
+    """The ε that ``mu2_units`` · 1e-12 of spent μ² amounts to at ``delta``; 0 where nothing was spent.
+
+    Raises:
+        PrivacyError: it is beyond 1000, where an ε promises nothing.
+    """
     if mu2_units <= 0:
         return 0.0
     mu = sqrt(mu2_units * MU2_UNIT)
     if delta_of(mu, 0.0) <= delta:
         return 0.0
-    return float(brentq(lambda e: delta_of(mu, e) - delta, 0.0, 1000.0, xtol=1e-12, rtol=1e-12))
+    if delta_of(mu, _MAX_EPSILON) > delta:
+        raise PrivacyError(
+            f"{mu2_units} units at delta {delta:g} are beyond epsilon {_MAX_EPSILON:g}: no promise at all"
+        )
+    return float(brentq(lambda e: delta_of(mu, e) - delta, 0.0, _MAX_EPSILON, xtol=1e-12, rtol=1e-12))
 
 
 def budget_units(epsilon: float, delta: float) -> int:
@@ -79,10 +89,13 @@ def cost_units(noise_multiplier: float) -> int:
         - Never less than the true cost: rounding is upwards.
 
     Raises:
-        PrivacyError: σ is not a positive finite number.
+        PrivacyError: σ is not finite, or below 0.01 (μ = 100, an ε in the thousands).
     """
-    if not 0 < noise_multiplier < inf:
-        raise PrivacyError(f"noise_multiplier={noise_multiplier!r}: a release without noise has no finite cost")
+    if not _LEAST_SIGMA <= noise_multiplier < inf:
+        raise PrivacyError(
+            f"noise_multiplier={noise_multiplier!r}: a release with so little noise has no cost that a budget could "
+            f"hold; use {_LEAST_SIGMA} or more"
+        )
     return ceil(1.0 / noise_multiplier**2 / MU2_UNIT)
 
 

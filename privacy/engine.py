@@ -5,8 +5,7 @@ one gradient over the trunk and all heads before the clip, and removing a patien
 """
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -17,6 +16,8 @@ from torch import Tensor, nn
 from clinifed.errors import DataError, PrivacyError
 from clinifed.privacy.noise import NoiseSource, to_grid
 from clinifed.privacy.objectives import Objective
+from clinifed.privacy.patients import Mechanism, PatientTensors, physical_batches
+from clinifed.privacy.soundness import refuse_other_data, refuse_unsound
 
 __all__ = [
     "Mechanism",
@@ -25,49 +26,10 @@ __all__ = [
     "physical_batches",
     "plain_step",
     "private_step",
+    "pull_towards",
 ]
 
 log = logging.getLogger(__name__)
-
-# Modules whose output for one patient depends on the other patients of the batch, or that keep statistics of them.
-_BATCH_MODULES = (nn.modules.batchnorm._BatchNorm,)
-
-
-@dataclass(frozen=True)
-class PatientTensors:
-    """A site's patients as the trainable part reads them: R images of P patients, sorted by patient."""
-
-    features: Tensor  # (R, F) float32
-    patient: Tensor  # (R,) int64, 0 … P-1, non-decreasing; every number occurs
-    specialty: Tensor  # (R,) int64, position among the sorted names of the heads
-    label: Tensor  # (R,) int64
-
-    @property
-    def patients(self) -> int:
-        """P. A private number: it must not leave the site in DP mode."""
-        return int(self.patient[-1]) + 1 if len(self.patient) else 0
-
-
-@dataclass(frozen=True)
-class Mechanism:
-    """The Gaussian mechanism of one release; all of it is public and stands in the contract."""
-
-    noise_multiplier: float  # σ; the noise has standard deviation σ·C
-    max_grad_norm: float  # C
-    nominal_patients: int  # N₀, the denominator
-
-
-def physical_batches(patient: Tensor, batch_size: int) -> Iterator[slice]:
-    """Row ranges of at most ``batch_size`` images that never split a patient (unless alone larger than that)."""
-    ends = [*(torch.nonzero(torch.diff(patient)).flatten() + 1).tolist(), len(patient)] if len(patient) else []
-    start = previous = 0
-    for end in ends:
-        if end - start > batch_size and previous > start:
-            yield slice(start, previous)
-            start = previous
-        previous = end
-    if previous > start:
-        yield slice(start, previous)
 
 
 class PatientDPOptimizer(DPOptimizer):
@@ -98,11 +60,6 @@ class PatientDPOptimizer(DPOptimizer):
         images = torch.bincount(self.groups, minlength=count)
         means = []
         for rows in self.grad_samples:  # (R, *shape) per parameter
-            if len(rows) != len(self.groups):
-                raise PrivacyError(
-                    f"{len(rows)} per-sample gradients for {len(self.groups)} images: a parameter is used in a way "
-                    "that has no gradient per image, so it cannot be trained privately; freeze it"
-                )
             total = rows.new_zeros((count, *rows.shape[1:])).index_add_(0, self.groups, rows)
             means.append(total / images.view(-1, *([1] * (rows.dim() - 1))))
         norms = torch.stack([m.reshape(count, -1).norm(2, dim=1) for m in means], dim=1).norm(2, dim=1)  # (P,)
@@ -130,14 +87,20 @@ class PatientDPOptimizer(DPOptimizer):
             parameter.grad /= self.expected_batch_size
 
 
-def _refuse_unsound(module: nn.Module) -> None:
-    """Raise PrivacyError for modules whose per-patient gradient does not depend on that patient alone."""
-    found = [name for name, m in module.named_modules() if isinstance(m, _BATCH_MODULES)]
-    if found:
-        raise PrivacyError(
-            f"{', '.join(found)}: batch normalisation mixes the patients of a batch and keeps their statistics; "
-            "use GroupNorm or LayerNorm"
-        )
+def _check_samples(trained: Mapping[str, nn.Parameter], rows: int) -> None:
+    """Raise PrivacyError unless every parameter has one gradient per row."""
+    wrong = []
+    for name, parameter in trained.items():
+        found = getattr(parameter, "grad_sample", None)
+        if not isinstance(found, Tensor):
+            wrong.append(f"{name}: no gradient per image; it does not take part in the loss, so freeze it")
+        elif len(found) != rows:
+            wrong.append(
+                f"{name}: {len(found)} gradients for {rows} images; it is used in a way that has no gradient per "
+                "image, so freeze it"
+            )
+    if wrong:
+        raise PrivacyError(*wrong)
 
 
 def private_step(
@@ -158,15 +121,19 @@ def private_step(
     Guarantees:
         - The release is a Gaussian mechanism with L2 sensitivity C under adding or removing one patient.
         - Every trainable parameter got a gradient per image and moved, or PrivacyError is raised.
+        - No buffer of the module takes anything in.
 
     Raises:
-        PrivacyError: the module is unsound under differential privacy, or a parameter did not take part.
+        PrivacyError: module or data are unsound under differential privacy, or a parameter did not take part.
         DataError: there are no patients.
     """
-    _refuse_unsound(module)
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    before = [p.detach().clone() for p in parameters]
-    optimizer = PatientDPOptimizer(torch.optim.SGD(parameters, lr=learning_rate), mechanism)
+    refuse_other_data(data)
+    refuse_unsound(module)
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if not trained:
+        raise PrivacyError("no parameter of the module requires a gradient: there is nothing to release")
+    before = {name: t.detach().clone() for name, t in (*trained.items(), *module.named_buffers())}
+    optimizer = PatientDPOptimizer(torch.optim.SGD(trained.values(), lr=learning_rate), mechanism)
     module.train()  # Opacus records activations in training mode only
     hooks = GradSampleHooks(module, loss_reduction="sum")
     try:
@@ -179,6 +146,7 @@ def private_step(
             features = data.features[rows].detach().requires_grad_()
             losses = objective(module(features), data.specialty[rows], data.label[rows])
             losses.sum().backward()
+            _check_samples(trained, len(features))
             optimizer.signal_skip_step(index < len(batches) - 1)
             optimizer.step()
             optimizer.zero_grad()
@@ -186,11 +154,34 @@ def private_step(
         hooks.cleanup()
     if optimizer.skipped:
         log.warning("%d patients had a gradient that was not finite and counted as zero", optimizer.skipped)
-    still = [n for (n, p), b in zip(module.named_parameters(), before, strict=True) if torch.equal(p.detach(), b)]
-    if still:
+    if still := [name for name, p in trained.items() if torch.equal(p.detach(), before[name])]:
         raise PrivacyError(
             f"{', '.join(still)} did not move although noise was added: the release is not what it claims"
         )
+    if changed := [name for name, b in module.named_buffers() if not torch.equal(b, before[name])]:
+        raise PrivacyError(
+            f"{', '.join(changed)}: a buffer changed while patients passed through, and no noise covers it; remove it"
+        )
+
+
+def pull_towards(module: nn.Module, start: Mapping[str, Tensor], strength: float) -> None:
+    """Draw what trains towards ``start``, in place: p ← p − strength·(p − start[p]).
+
+    A regulariser that sees no data and runs after the noise: post-processing, which costs nothing.
+
+    Args:
+        start: name → tensor of the parameter's shape; public.
+        strength: in [0, 1]; 0 changes nothing, 1 ends at ``start``.
+
+    Raises:
+        PrivacyError: ``strength`` is outside its range.
+    """
+    if not 0 <= strength <= 1:
+        raise PrivacyError(f"strength={strength!r}: a pull towards the start lies in [0, 1]")
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                parameter.sub_(strength * (parameter - start[name]))
 
 
 def plain_step(
@@ -206,6 +197,7 @@ def plain_step(
     images = torch.bincount(data.patient)
     weight = 1.0 / (images[data.patient] * data.patients)  # (R,)
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=learning_rate)
+    optimizer.zero_grad()  # or the last step's gradient would count again
     for rows in physical_batches(data.patient, batch_size):
         losses = objective(module(data.features[rows]), data.specialty[rows], data.label[rows])
         loss = (losses * weight[rows]).sum()

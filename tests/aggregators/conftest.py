@@ -1,65 +1,55 @@
 """A contract of three sites and three specialties, and updates that fit it."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from clinifed.config import Training
-from clinifed.contract import BaseModelRef, Contract, ContractSite, Promise
-from clinifed.messages import Update, allowed_names
-from clinifed.models.specialties import SPECIALTIES
+from clinifed.contract import Contract
+from clinifed.messages import SIGNED, Update, allowed_names, release_sha256
+from clinifed.privacy.claims import make_claim
+from clinifed.privacy.signing import make_signing_key, public_key, sign
 
 SITES = {"alder": ("radiology",), "birch": ("dermatology", "radiology"), "cedar": ("dermatology", "emergency")}
-DIM = 4
+JOB = "simulate_job.run"
+HEAD = "a" * 64
 
 
 @pytest.fixture(scope="session")
-def contract() -> Contract:
-    names = ("dermatology", "emergency", "radiology")
-    shapes = {"trunk.projection.weight": (DIM, DIM)}
-    for name in names:
-        labels = len(SPECIALTIES[name].labels)
-        shapes |= {f"heads.{name}.weight": (labels, DIM), f"heads.{name}.bias": (labels,)}
-    return Contract(
-        federation="three",
-        clinifed_version="0",
-        base_model=BaseModelRef(ref="tiny", sha256="0" * 64),
-        specialties={name: SPECIALTIES[name] for name in names},
-        training=Training(train="projection"),
-        promise=Promise(
-            mode="dp",
-            epsilon=1,
-            delta=1e-5,
-            noise_multiplier=10,
-            max_grad_norm=1,
-            releases=3,
-            objective="cross-entropy",
-        ),
-        rounds=3,
-        min_clients=2,
-        max_clients=3,
-        min_updates=2,
-        round_timeout_s=60,
-        rule="fedavg",
-        sites={
-            name: ContractSite(specialties=specialties, nominal_patients=10, weight=number + 1)
-            for number, (name, specialties) in enumerate(SITES.items())
-        },
-        shapes=shapes,
-    )
+def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ed25519PrivateKey]:
+    folder = tmp_path_factory.mktemp("keys")
+    return {site: make_signing_key(folder / site) for site in SITES}
+
+
+@pytest.fixture(scope="session")
+def contract(make_contract: Callable[..., Contract], keys: dict[str, Ed25519PrivateKey]) -> Contract:
+    made: Contract = make_contract(SITES, {site: public_key(key) for site, key in keys.items()}, projection=True)
+    return made
 
 
 @pytest.fixture
-def updates(contract: Contract) -> dict[str, Update]:
+def signed(keys: dict[str, Ed25519PrivateKey]) -> Callable[[Update], Update]:
+    """The update with the signature of its own site, whatever was done to it."""
+
+    def resign(update: Update) -> Update:
+        digest = release_sha256(update)
+        return replace(update, meta={**update.meta, "signature": sign(keys[update.site], SIGNED, digest)})
+
+    return resign
+
+
+@pytest.fixture
+def updates(contract: Contract, signed: Callable[[Update], Update]) -> dict[str, Update]:
     generator = np.random.default_rng(0)
-    return {
-        site: Update(
-            site,
-            1,
-            {
-                name: generator.normal(size=contract.shapes[name]).astype(np.float32)
-                for name in allowed_names(contract.shapes, agreed.specialties)
-            },
-            {"contract_sha256": contract.sha256()},
-        )
-        for site, agreed in contract.sites.items()
-    }
+    made = {}
+    for number, (site, agreed) in enumerate(contract.sites.items()):
+        params = {
+            name: generator.normal(size=contract.shapes[name]).astype(np.float32)
+            for name in sorted(allowed_names(contract.shapes, agreed.specialties))
+        }
+        claim = make_claim(contract, site, "job", 10**9, contract.promise.delta, HEAD)
+        meta = {"job": JOB, "nonce": f"{number:032x}", "claim": claim, "ledger_head": HEAD}
+        made[site] = signed(Update(site, 1, params, meta))
+    return made

@@ -8,11 +8,13 @@ from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 
 from clinifed.aggregators.flare import SpecialtyAggregator
 
+from .conftest import JOB
+
 
 @pytest.fixture
 def aggregator(contract, monkeypatch):
     made = SpecialtyAggregator(contract.model_dump(mode="json"))
-    made.round = 1
+    made.round, made.job = 1, JOB
     monkeypatch.setattr(made, "warning", logging.getLogger(__name__).info)
     return made
 
@@ -25,6 +27,7 @@ def message(update, **changes) -> FLModel:
 
 def aggregate(aggregator, messages) -> bytes:
     aggregator.reset_stats()
+    aggregator.nonces.clear()  # the tests send the same updates again and again
     for one in messages:
         aggregator.accept_model(one)
     return b"".join(v.tobytes() for _, v in sorted(aggregator.aggregate_model().params.items()))

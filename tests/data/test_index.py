@@ -1,3 +1,4 @@
+import json
 import logging
 import stat
 
@@ -6,7 +7,8 @@ import pytest
 from PIL import Image
 
 from clinifed.config import FolderIndex
-from clinifed.data.index import index_folder
+from clinifed.data.index import index_folder, patient_pseudonym
+from clinifed.data.manifest import site_key
 from clinifed.errors import DataError
 
 
@@ -103,3 +105,108 @@ def test_nothing_usable_tells_the_counts(tmp_path, dicom):
     dicom(tmp_path / "in/a.dcm", PatientID="")
     with pytest.raises(DataError, match="1 × patient is blank"):
         index(tmp_path / "in", tmp_path / "out")
+
+
+def quarantine(out):
+    return [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
+
+
+def test_a_number_with_and_without_issuer_refuses_the_whole_index(tmp_path, dicom):
+    """Guessing would make one patient two, or let one patient decide whether another counts."""
+    dicom(tmp_path / "in/a.dcm", PatientID="PLANTED", IssuerOfPatientID="A")
+    dicom(tmp_path / "in/b.dcm", PatientID=" planted", IssuerOfPatientID="")
+    dicom(tmp_path / "in/c.dcm", PatientID="P2", IssuerOfPatientID="")
+    with pytest.raises(DataError, match=r"2 images: patient's number also occurs.*--issuer") as caught:
+        index(tmp_path / "in", tmp_path / "out")
+    assert "planted" not in str(caught.value).lower()
+    assert not (tmp_path / "out/manifest.csv").exists()
+    assert {entry["path"][-5:] for entry in quarantine(tmp_path / "out")} == {"a.dcm", "b.dcm"}
+
+
+def test_records_without_issuer_belong_to_the_one_that_is_configured(tmp_path, dicom):
+    dicom(tmp_path / "in/a.dcm", IssuerOfPatientID="Hospital A")
+    dicom(tmp_path / "in/b.dcm", IssuerOfPatientID=" ")
+    dicom(tmp_path / "in/c.dcm", IssuerOfPatientID="B")
+    assert index(tmp_path / "in", tmp_path / "out", issuer="hospital a").patients == 2
+
+
+def test_a_patient_is_found_again_under_any_spelling(tmp_path, dicom):
+    dicom(tmp_path / "in/a.dcm", PatientID="P 1", IssuerOfPatientID="Hospital")
+    record = index(tmp_path / "in", tmp_path / "out").manifest.records[0]
+    assert patient_pseudonym(site_key(tmp_path / "out"), "HOSPITAL ", " p  1") == record.patient
+
+
+def test_the_configured_issuer_holds_for_pictures_too(tmp_path, dicom):
+    dicom(tmp_path / "in/a.dcm", PatientID="Q1", IssuerOfPatientID="A")
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "in/b.png")
+    table = "image,patient\na.dcm,\nb.png,Q1\n"
+    assert index(tmp_path / "in", tmp_path / "out", table, issuer="A").patients == 1
+    with pytest.raises(DataError, match="also occurs"):
+        index(tmp_path / "in", tmp_path / "other", table)
+
+
+def test_a_file_listed_for_two_patients_refuses_the_whole_index(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / f"in/{name}.png")
+    rows = "image,patient\na.png,PLANTED1\nb.png,PLANTED1\na.png,PLANTED2\n"
+    with pytest.raises(DataError, match="1 image: listed for two patients; correct the table") as caught:
+        index(tmp_path / "in", tmp_path / "out", rows)
+    assert "PLANTED" not in str(caught.value)
+    assert not (tmp_path / "out/manifest.csv").exists()
+
+
+def test_a_file_listed_twice_for_the_same_patient_is_counted_and_kept(tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "in/a.png")
+    report = index(tmp_path / "in", tmp_path / "out", "image,patient\na.png,Q1\na.png, q1\n")
+    assert (report.images, dict(report.skipped)) == (1, {"listed twice": 1})
+
+
+@pytest.mark.parametrize("patient", ["A\\B", "A*", "A?", "A＊", "A\tB", "A\x00B", "A\u200bB", "['A', 'B']"])
+def test_an_ambiguous_patient_is_quarantined(tmp_path, patient):
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / f"in/{name}.png")
+    report = index(tmp_path / "in", tmp_path / "out", f'image,patient\na.png,"{patient}"\nb.png,Q1\n')
+    assert (report.images, dict(report.skipped)) == (1, {"patient is ambiguous": 1})
+
+
+def test_a_header_with_several_patient_ids_or_issuers_is_quarantined(tmp_path, dicom):
+    dicom(tmp_path / "in/a.dcm", PatientID=["P1", "P2"])
+    dicom(tmp_path / "in/b.dcm", PatientID="P1", IssuerOfPatientID=["A", "B"])
+    dicom(tmp_path / "in/c.dcm", PatientID="P1")
+    report = index(tmp_path / "in", tmp_path / "out")
+    assert (report.images, dict(report.skipped)) == (1, {"patient is ambiguous": 2})
+
+
+def test_what_is_left_out_is_listed_for_the_owner_alone_and_anew_each_time(tmp_path, dicom):
+    dicom(tmp_path / "in/a.dcm")
+    bad = dicom(tmp_path / "in/b.dcm", PatientID="")
+    index(tmp_path / "in", tmp_path / "out")
+    assert quarantine(tmp_path / "out") == [{"path": str(bad), "reason": "patient is blank"}]
+    assert stat.S_IMODE((tmp_path / "out/quarantine.jsonl").stat().st_mode) == 0o600
+    bad.unlink()
+    folder = FolderIndex(folder=tmp_path / "in")
+    index_folder(folder, tmp_path / "out/manifest.csv", ("radiology",), "hospital", overwrite=True)
+    assert quarantine(tmp_path / "out") == []
+
+
+def test_an_index_of_nothing_usable_lists_everything(tmp_path, dicom):
+    dicom(tmp_path / "in/a.dcm", PatientID="")
+    with pytest.raises(DataError):
+        index(tmp_path / "in", tmp_path / "out")
+    assert len(quarantine(tmp_path / "out")) == 1
+
+
+def test_several_labels_of_one_image_are_each_translated(tmp_path, dicom):
+    for name in "abcd":
+        dicom(tmp_path / f"in/{name}.dcm")
+    report = index(
+        tmp_path / "in",
+        tmp_path / "out",
+        "image,label\na.dcm,Eff|Mass\nb.dcm,None\nc.dcm,Eff|Fluid\nd.dcm,Eff|what\n",
+        values={"radiology": {"Eff": "effusion", "Fluid": "effusion", "Mass": "mass", "None": ""}},
+    )
+    assert sorted(r.label for r in report.manifest.records) == ["", "effusion", "effusion|mass"]
+    assert dict(report.skipped) == {"label has no meaning in `values`": 1}

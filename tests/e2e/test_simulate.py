@@ -13,7 +13,9 @@ from safetensors.numpy import load_file
 
 from clinifed.files import read_lines
 from clinifed.jobs.finish import summary_schema
+from clinifed.policy import Budget
 from clinifed.privacy.accountant import cost_units, noise_multiplier_for
+from clinifed.privacy.claims import check_claim
 from clinifed.privacy.ledger import Ledger
 
 from .conftest import CONFIGS, command, processes_of
@@ -40,12 +42,37 @@ def test_each_ledger_adds_up_to_the_epsilon_of_the_plan(smoke):
     sigma = noise_multiplier_for(PLAN["privacy"]["epsilon"], PLAN["privacy"]["delta"], PLAN["rounds"])
     for name, site in smoke.summary["sites"].items():
         path = smoke.path / "sites" / name / "ledger.jsonl"
-        state = Ledger(path, name, PLAN["privacy"]["epsilon"], PLAN["privacy"]["delta"]).state()
+        state = Ledger(path, name, Budget(epsilon=PLAN["privacy"]["epsilon"], delta=PLAN["privacy"]["delta"])).state()
         assert state.spent_units == PLAN["rounds"] * cost_units(sigma)
         assert site["privacy"]["epsilon"] == pytest.approx(PLAN["privacy"]["epsilon"], rel=1e-6)
         assert site["privacy"]["epsilon"] <= site["privacy"]["budget_epsilon"] * (1 + 1e-9)
         assert site["privacy"]["ledger_head"] == state.head
-        assert [r["round"] for r in read_lines(path)] == list(range(PLAN["rounds"]))
+        assert state.reserved_units == 0
+        kinds = [r["kind"] for r in read_lines(path)]
+        assert kinds == ["open", "reserve", *["charge", "release"] * PLAN["rounds"], "free"]
+
+
+def test_every_epsilon_is_a_complete_claim_at_the_server_too(smoke):
+    for site in smoke.summary["sites"].values():
+        check_claim(site["privacy"])
+    for entry in read_lines(next(smoke.path.glob("flare/**/rounds.jsonl"))):
+        assert set(entry["claims"]) == set(PLAN["sites"])
+        for name, claim in entry["claims"].items():
+            check_claim(claim)
+            assert claim["budget_epsilon"] is None, "a site's budget is its own business"
+            assert claim["scope"] == "job"
+            heads = [r["hash"] for r in read_lines(smoke.path / "sites" / name / "ledger.jsonl")]
+            assert claim["ledger_head"] in heads
+
+
+def test_the_ledger_is_verified_by_the_command_line_against_what_left(smoke, clinifed):
+    rounds = next(smoke.path.glob("flare/**/rounds.jsonl"))
+    for name in PLAN["sites"]:
+        ledger = smoke.path / "sites" / name / "ledger.jsonl"
+        asked = ("privacy", "ledger", "verify", ledger, "--json", "--published", rounds)
+        done = clinifed(*asked, "--published", smoke.path / "checkpoint" / "card.json")
+        assert done.code == 0, done.err
+        assert done.json()["intact"]
 
 
 def test_bytes_per_round_and_site_are_at_most_a_hundredth_of_the_model(smoke):

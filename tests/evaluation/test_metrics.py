@@ -2,8 +2,17 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from clinifed.evaluation.metrics import Scores, mean_scores, patient_scores
+from clinifed.config import Specialty
+from clinifed.data.manifest import Record, write_manifest
+from clinifed.errors import DataError
+from clinifed.evaluation.metrics import Scores, mean_scores, multi_label_scores, patient_scores
+from clinifed.executors.features import patient_tensors
+from clinifed.jobs.baselines import score_part
+from clinifed.models.adapters import GlobalModel, build_trainable
+from clinifed.models.backbone import load_backbone
+from clinifed.privacy.objectives import OBJECTIVES
 
 
 def logits(*probabilities: float) -> np.ndarray:
@@ -33,3 +42,45 @@ def test_more_than_two_labels_are_each_held_against_the_rest() -> None:
 
 def test_the_mean_is_over_sites() -> None:
     assert mean_scores({"x": Scores(0.5, None, 1), "y": Scores(0.7, None, 100)}) == pytest.approx(0.6)
+
+
+SURE = 9.0
+
+
+def test_labels_that_hold_together_are_scored_one_by_one() -> None:
+    # Label 0 is always told right; of label 1 one of two that hold is missed; label 2 holds nowhere and counts not.
+    logits = SURE * np.array([[1, 1, -1], [1, -1, -1], [-1, -1, -1], [-1, -1, -1]])
+    scores = multi_label_scores(logits, np.arange(4), np.array([0b011, 0b011, 0, 0]))
+    assert scores.balanced_accuracy == pytest.approx((1 + (0.5 + 1) / 2) / 2)
+    assert scores.auroc == pytest.approx((1 + 0.75) / 2)
+    assert scores.patients == 4
+
+
+def test_with_several_labels_a_patients_images_vote_by_their_mean_probability_too() -> None:
+    p = np.array([[0.9], [0.4], [0.4], [0.1]])
+    assert multi_label_scores(np.log(p / (1 - p)), np.array([0, 0, 0, 1]), np.array([1, 1, 1, 0])) == Scores(1, 1, 2)
+
+
+def test_where_no_label_has_both_outcomes_there_is_no_auroc() -> None:
+    logits = SURE * np.array([[1, -1], [-1, -1]])
+    assert multi_label_scores(logits, np.arange(2), np.array([0b01, 0b01])) == Scores(0.75, None, 2)
+
+
+def test_a_manifest_with_several_labels_reaches_the_scores(tmp_path) -> None:
+    specialty = Specialty(labels={"effusion": ("effusion",), "mass": ("a mass",), "nodule": ("a nodule",)})
+    (tmp_path / "images").mkdir()
+    records = []
+    for number, label in enumerate(["effusion|nodule", "", "mass"]):
+        image = f"images/{number}.png"
+        Image.fromarray(np.full((32, 32), 80 * number, np.uint8)).save(tmp_path / image)
+        records.append(Record(image, f"p{number}", "radiology", label, "", "train"))
+    manifest = write_manifest(tmp_path / "manifest.csv", records, "synthetic")
+    backbone = load_backbone("tiny")
+    part = build_trainable(backbone, {"radiology": specialty}, "heads", 10.0)
+    model, many = GlobalModel(backbone, part).eval(), OBJECTIVES["multi-label-bce"]
+    options = {"split": None, "batch_size": 8, "cache": None}
+    data = patient_tensors(model, backbone, manifest, {"radiology": specialty}, objective=many, **options)
+    assert data.label.tolist() == [0b101, 0, 0b010]
+    assert score_part(part, data, ["radiology"], many)["radiology"].patients == 3
+    with pytest.raises(DataError, match="2 images of radiology have a label outside"):
+        patient_tensors(model, backbone, manifest, {"radiology": specialty}, **options)

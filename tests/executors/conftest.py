@@ -1,16 +1,20 @@
 """One synthetic hospital on disk, its policy, and a contract over the tiny model."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from clinifed.config import Federation
 from clinifed.contract import Contract
-from clinifed.jobs.prepare import PreparedData, prepare_data, site_policies
+from clinifed.executors.flare import SIMULATOR
+from clinifed.executors.trainer import SiteTrainer
+from clinifed.jobs.prepare import PreparedData, make_site_keys, prepare_data, site_policies
 from clinifed.jobs.recipe import build_contract
 from clinifed.models.backbone import Backbone, load_backbone
 from clinifed.policy import SitePolicy
 
+JOB = "simulate_job.run"
 PLAN = {
     "name": "unit",
     "rounds": 3,
@@ -44,5 +48,17 @@ def prepared(federation: Federation, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture
-def policy(federation: Federation, prepared: PreparedData, tmp_path: Path) -> SitePolicy:
-    return site_policies(federation, prepared, tmp_path)["alder"]
+def policy(federation: Federation, prepared: PreparedData, contract: Contract, tmp_path: Path) -> SitePolicy:
+    make_site_keys(federation, tmp_path)
+    return site_policies(federation, prepared, tmp_path, contract)["alder"]
+
+
+@pytest.fixture
+def train(contract: Contract, policy: SitePolicy) -> Callable[..., SiteTrainer]:
+    """A trainer of this site, for a contract that its policy approves."""
+
+    def build(agreed: Contract = contract, site: SitePolicy = policy, job: str = JOB, **changes: object) -> SiteTrainer:
+        approved = {"approved_contracts": (agreed.sha256(),), **changes}
+        return SiteTrainer(agreed, site.model_copy(update=approved), job, SIMULATOR)
+
+    return build

@@ -5,14 +5,24 @@ from rich.console import Console
 
 from clinifed.jobs.report import export_table, metrics_table, privacy_table
 
-CLAIM = {"epsilon": 2.5, "delta": 1e-5, "unit": "patient", "relation": "add_remove", "budget_epsilon": 3.0}
+CLAIM = {
+    "epsilon": 2.5,
+    "delta": 1e-5,
+    "unit": "patient",
+    "relation": "add_remove",
+    "budget_epsilon": 3.0,
+    "nominal_patients": 120,
+    "trust_model": "each site adds its own noise",
+    "accountant": {"name": "gaussian-dp filter", "version": "clinifed 0"},
+    "ledger_head": "ab" * 32,
+}
 SUMMARY = {
     "sites": {
         "alder": {"specialties": ["radiology"], "rounds": [{"accepted": True}, {"accepted": False}], "privacy": CLAIM},
         "birch": {
             "specialties": ["radiology"],
             "rounds": [],
-            "privacy": {**CLAIM, "epsilon": None, "budget_epsilon": None},
+            "privacy": {**CLAIM, "epsilon": None, "budget_epsilon": None, "ledger_head": None},
         },
     },
     "metrics": {
@@ -40,7 +50,21 @@ EXPORT = {
     ("table", "texts"),
     [
         (metrics_table(SUMMARY), ["radiology", "50.0 %", "61.0 %", "62.0 %", "–", "63.0 %"]),
-        (privacy_table(SUMMARY), ["alder", "2.5000", "1 of 2", "off", "add/remove", "delta 1e-05"]),
+        (
+            privacy_table(SUMMARY),
+            [
+                "alder",
+                "2.5000",
+                "1 of 2",
+                "off",
+                "add/remove",
+                "delta 1e-05",
+                "120",
+                "adds its own noise",
+                "filter",
+                "abab",
+            ],
+        ),
         (export_table(EXPORT), ["int8", "2.00 MB", "–", "cosine_mean is nan", "5.00 MB", "packed", "100.0 %"]),
     ],
     ids=["metrics", "privacy", "export"],

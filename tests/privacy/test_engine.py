@@ -6,9 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from opacus.data_loader import DPDataLoader
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from clinifed.errors import DataError, PrivacyError
+from clinifed.privacy import audit_neighbours
+from clinifed.privacy.audit_neighbours import without_patient
 from clinifed.privacy.engine import (
     Mechanism,
     PatientDPOptimizer,
@@ -16,11 +20,12 @@ from clinifed.privacy.engine import (
     physical_batches,
     plain_step,
     private_step,
+    pull_towards,
 )
 from clinifed.privacy.objectives import OBJECTIVES
 
 C = 0.5
-QUIET = 1e-7  # a sigma that leaves the clipped sum readable
+QUIET = 1e-7  # a sigma that leaves the sum readable
 
 
 def flat(module: nn.Module) -> torch.Tensor:
@@ -28,32 +33,7 @@ def flat(module: nn.Module) -> torch.Tensor:
 
 
 def clipped_sum(part, data, objective, batch_size=16) -> torch.Tensor:
-    """The sum that a step releases, read from a step with next to no noise, learning rate 1 and denominator 1."""
-    trained = copy.deepcopy(part)
-    private_step(trained, data, objective, Mechanism(QUIET, C, 1), 1.0, batch_size)
-    return flat(part) - flat(trained)
-
-
-def without(data: PatientTensors, patient: int) -> PatientTensors:
-    keep = data.patient != patient
-    renumbered = data.patient[keep] - (data.patient[keep] > patient).long()
-    return PatientTensors(data.features[keep], renumbered, data.specialty[keep], data.label[keep])
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
-@pytest.mark.parametrize("projection", [False, True], ids=["heads", "projection"])
-@pytest.mark.parametrize("images", [1, 2, 20, 200])
-def test_one_patient_moves_the_sum_by_at_most_the_clip(build_part, build_patients, objective, projection, images):
-    """The patient under test has ``images`` alike images, loud, spread over two specialties."""
-    part = build_part(projection)
-    data = build_patients([2] * 15 + [images])
-    mine = data.patient == 15
-    features = torch.where(mine.unsqueeze(1), 30 * data.features[-1], data.features)
-    specialty = torch.where(mine, torch.arange(len(mine)) % 2, data.specialty)
-    data = replace(data, features=features, specialty=specialty, label=torch.where(mine, 0, data.label))
-    shift = clipped_sum(part, data, objective) - clipped_sum(part, without(data, 15), objective)
-    assert shift.norm() <= C * (1 + 1e-4)
-    assert shift.norm() > 0.5 * C  # or the test would hold for a step that ignores the patient
+    return audit_neighbours.clipped_sum(part, data, objective, C, batch_size)
 
 
 def test_stock_opacus_fails_the_same_bound(build_part, build_patients):
@@ -100,6 +80,24 @@ def test_a_patients_images_are_averaged_before_the_clip(build_part, build_patien
     )
     objective = OBJECTIVES["cross-entropy"]
     assert torch.allclose(clipped_sum(part, one, objective), clipped_sum(part, many, objective), atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+@pytest.mark.parametrize("views", [2, 16])
+def test_augmented_views_count_in_the_patients_mean_before_the_clip(build_part, build_patients, objective, views):
+    """Views that are alike change nothing; different ones change the mean, and the sensitivity stays C."""
+    part, data = build_part(True), build_patients([1, 2, 1, 3] * 3)
+
+    def augmented(blur: float) -> PatientTensors:
+        rows = torch.arange(len(data.patient)).repeat_interleave(views)
+        noise = torch.randn(len(rows), 8, generator=torch.Generator().manual_seed(2))
+        return PatientTensors(data.features[rows] + blur * noise, *(t[rows] for t in list(vars(data).values())[1:]))
+
+    once = clipped_sum(part, data, objective)
+    assert torch.allclose(clipped_sum(part, augmented(0.0), objective), once, atol=1e-5)
+    blurred = augmented(30.0)
+    shift = clipped_sum(part, blurred, objective) - clipped_sum(part, without_patient(blurred, 11), objective)
+    assert 0.5 * C < shift.norm() <= C * (1 + 1e-4)
 
 
 def test_a_module_in_evaluation_mode_trains_all_the_same(build_part, build_patients):
@@ -152,14 +150,180 @@ def test_a_patient_with_nan_counts_as_zero(build_part, build_patients):
     broken = replace(data, features=torch.where((data.patient == 1).unsqueeze(1), torch.nan, data.features))
     objective = OBJECTIVES["cross-entropy"]
     assert torch.allclose(
-        clipped_sum(part, broken, objective), clipped_sum(part, without(data, 1), objective), atol=1e-5
+        clipped_sum(part, broken, objective),
+        clipped_sum(part, without_patient(data, 1), objective),
+        atol=1e-5,
     )
 
 
-def test_batch_normalisation_is_refused(build_patients):
-    module = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
-    with pytest.raises(PrivacyError, match="batch normalisation"):
+class Headed(nn.Module):
+    """A head behind ``inner``, 8 features to 8."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.head = inner, nn.Linear(8, 2)
+
+    def forward(self, features):
+        return {"radiology": self.head(self.inner(features))}
+
+
+def frozen(module: nn.Module) -> nn.Module:
+    return module.requires_grad_(False)
+
+
+class Token(nn.Module):
+    """Holds its parameter itself, as class tokens and position embeddings are held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(8))
+
+    def forward(self, features):
+        return features + self.cls_token
+
+
+class Counter(nn.Module):
+    """Keeps a statistic of the patients under a name that nobody knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(8))
+
+    def forward(self, features):
+        self.seen = self.seen + features.detach().sum(dim=0)
+        return features
+
+
+class Unused(nn.Module):
+    """A layer that trains and takes no part in the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Linear(8, 8)
+
+    def forward(self, features):
+        return features
+
+
+class Across(nn.Module):
+    """A layer over the patients of the batch instead of each one's features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(6, 6)
+
+    def forward(self, features):
+        return self.mix(features.T).T
+
+
+class Spatial(nn.Module):
+    """InstanceNorm wants (B, C, L)."""
+
+    def __init__(self, tracked: bool) -> None:
+        super().__init__()
+        self.norm = nn.InstanceNorm1d(2, affine=True, track_running_stats=tracked)
+
+    def forward(self, features):
+        return self.norm(features.view(-1, 2, 4)).view(-1, 8)
+
+
+@pytest.mark.parametrize(
+    ("inner", "says"),
+    [
+        (nn.BatchNorm1d(8), r"inner \(BatchNorm1d\): batch normalisation .* use GroupNorm or LayerNorm"),
+        (frozen(nn.BatchNorm1d(8, track_running_stats=False)), "batch normalisation"),
+        (nn.SyncBatchNorm(8), "batch normalisation"),
+        (Spatial(True), r"inner.norm \(InstanceNorm1d\): running statistics .* set track_running_stats=False"),
+        (Token(), r"inner \(Token\): cls_token: .* freeze them"),
+        (nn.Bilinear(8, 8, 8), r"inner \(Bilinear\): weight, bias"),
+        (Counter(), "inner.seen: a buffer changed while patients passed through"),
+        (Unused(), "inner.spare.weight: no gradient per image"),
+        (Across(), "inner.mix.weight: 8 gradients for 6 images"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_a_module_whose_gradient_is_not_one_patients_own_is_refused(build_patients, inner, says):
+    with pytest.raises(PrivacyError, match=says):
+        private_step(Headed(inner), build_patients([1] * 6), OBJECTIVES["cross-entropy"], Mechanism(1, C, 1), 1.0, 8)
+
+
+@pytest.mark.parametrize("inner", [frozen(Token()), Spatial(False), nn.LayerNorm(8), nn.GroupNorm(2, 8), nn.Dropout()])
+def test_a_module_whose_gradient_is_one_patients_own_trains(build_patients, inner):
+    module = Headed(inner)
+    before = copy.deepcopy(module.state_dict())
+    private_step(module, build_patients([1, 2] * 3), OBJECTIVES["cross-entropy"], Mechanism(1, C, 1), 1.0, 8)
+    still = {n for n, t in module.state_dict().items() if torch.equal(t, before[n])}
+    assert still == ({"inner.cls_token"} if isinstance(inner, Token) else set())
+
+
+def test_every_unsound_part_is_told_at_once(build_patients):
+    module = Headed(nn.Sequential(nn.BatchNorm1d(8), Token()))
+    with pytest.raises(PrivacyError) as caught:
         private_step(module, build_patients([1]), OBJECTIVES["cross-entropy"], Mechanism(1, C, 1), 1.0, 8)
+    assert len(caught.value.problems) == 2
+
+
+def test_a_module_of_frozen_parameters_has_nothing_to_release(build_part, build_patients):
+    with pytest.raises(PrivacyError, match="nothing to release"):
+        private_step(frozen(build_part()), build_patients([1]), OBJECTIVES["cross-entropy"], Mechanism(1, C, 1), 1.0, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "sampler"), [({}, "SequentialSampler"), ({"shuffle": True}, "RandomSampler")], ids=["plain", "shuffled"]
+)
+def test_a_loader_is_refused_with_its_sampler(build_part, build_patients, options, sampler):
+    data = build_patients([1, 2])
+    loader = DataLoader(TensorDataset(data.features, data.label), batch_size=2, **options)
+    with pytest.raises(PrivacyError, match=rf"DataLoader with a {sampler}: .* full batch \(q = 1\)"):
+        private_step(build_part(), loader, OBJECTIVES["cross-entropy"], Mechanism(1, C, 1), 1.0, 8)
+
+
+def test_opacus_own_loader_is_refused_too(build_part):
+    loader = DPDataLoader(TensorDataset(torch.zeros(4, 8)), sample_rate=0.5, rand_on_empty=True)
+    with pytest.raises(PrivacyError, match=r"DPDataLoader with a UniformWithReplacementSampler: .*rand_on_empty"):
+        private_step(build_part(), loader, OBJECTIVES["cross-entropy"], Mechanism(1, C, 1), 1.0, 8)
+
+
+@pytest.mark.parametrize("patient", [[0, 1, 0, 1], [1, 0, 0, 0], [1, 1, 2, 2], [0, 0, 2, 2], [-1, 0, 1, 2]])
+def test_a_patient_in_two_places_or_a_missing_number_is_refused(patient):
+    """Sorted and dense, or a patient in two runs of rows would get two clips."""
+    zeros = torch.zeros(4).long()
+    with pytest.raises(PrivacyError, match="rise from 0 without gaps"):
+        PatientTensors(torch.zeros(4, 8), torch.tensor(patient), zeros, zeros)
+
+
+def test_tensors_that_do_not_belong_together_are_refused():
+    zeros = torch.zeros(4).long()
+    with pytest.raises(PrivacyError, match=r"different lengths: .*'label': 3"):
+        PatientTensors(torch.zeros(4, 8), zeros, zeros, zeros[:3])
+    with pytest.raises(PrivacyError, match="int64"):
+        PatientTensors(torch.zeros(4, 8), zeros.float(), zeros, zeros)
+
+
+def test_tensors_that_were_changed_afterwards_are_refused_in_the_step(build_part, build_patients):
+    data = build_patients([1, 1, 1])
+    data.patient[:] = torch.tensor([0, 1, 0])
+    with pytest.raises(PrivacyError, match="rise from 0 without gaps"):
+        private_step(build_part(), data, OBJECTIVES["cross-entropy"], Mechanism(1, C, 1), 1.0, 8)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("name", ["noise_multiplier", "max_grad_norm"])
+def test_a_mechanism_without_noise_or_clip_is_refused_with_its_value(name, value):
+    with pytest.raises(PrivacyError, match=f"{name}={value!r}: must be above 0 and finite"):
+        replace(Mechanism(1.0, 1.0, 1), **{name: value})
+
+
+@pytest.mark.parametrize("value", [0, -5])
+def test_a_mechanism_without_a_denominator_is_refused(value):
+    with pytest.raises(PrivacyError, match=f"nominal_patients={value}: must be 1 or more"):
+        Mechanism(1.0, 1.0, value)
+
+
+def test_every_wrong_number_of_a_mechanism_is_told_at_once():
+    with pytest.raises(PrivacyError) as caught:
+        Mechanism(0, 0, 0)
+    assert len(caught.value.problems) == 3
 
 
 def test_a_parameter_that_does_not_move_is_refused(build_part, build_patients, monkeypatch):
@@ -187,6 +351,38 @@ def test_without_clip_and_noise_it_is_the_plain_step(build_part, build_patients)
     private_step(private, data, OBJECTIVES["cross-entropy"], Mechanism(1e-9, 100.0, 3), 0.5, 4)
     plain_step(plain, data, OBJECTIVES["cross-entropy"], 0.5, 5)
     assert torch.allclose(flat(private), flat(plain), atol=1e-4)
+
+
+def test_plain_steps_do_not_remember_each_other(build_part, build_patients):
+    """Two steps on one module are those on two modules, the second one begun where the first one ended."""
+    data, objective = build_patients([3, 1, 4]), OBJECTIVES["cross-entropy"]
+    part, first, second = build_part(), build_part(), build_part()
+    for _ in range(2):
+        plain_step(part, data, objective, 0.5, 5)
+    plain_step(first, data, objective, 0.5, 5)
+    second.load_state_dict(first.state_dict())
+    plain_step(second, data, objective, 0.5, 5)
+    assert torch.equal(flat(part), flat(second))
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.25, 1.0])
+def test_the_pull_draws_what_trains_towards_the_start(build_part, strength):
+    part = build_part(True)
+    part.heads["radiology"].requires_grad_(False)
+    start = {name: t.clone() for name, t in part.state_dict().items()}
+    with torch.no_grad():
+        for parameter in part.parameters():
+            parameter += 1
+    pull_towards(part, start, strength)
+    for name, parameter in part.named_parameters():
+        left = 1 - strength if parameter.requires_grad else 1
+        assert torch.allclose(parameter - start[name], torch.full_like(parameter, left), atol=1e-6)
+
+
+@pytest.mark.parametrize("strength", [-0.1, 1.1, float("nan")])
+def test_a_pull_beyond_its_range_is_refused(build_part, strength):
+    with pytest.raises(PrivacyError, match=f"strength={strength}"):
+        pull_towards(build_part(), {}, strength)
 
 
 def test_a_loss_that_is_not_finite_is_an_error_in_the_plain_step(build_part, build_patients):

@@ -1,0 +1,91 @@
+"""What a private step works on: all patients of a site, in order, and the mechanism of one release."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import inf
+
+import torch
+from torch import Tensor
+
+from clinifed.errors import PrivacyError
+
+__all__ = ["Mechanism", "PatientTensors", "physical_batches"]
+
+
+@dataclass(frozen=True)
+class PatientTensors:
+    """A site's patients as the trainable part reads them: R rows of P patients, sorted by patient.
+
+    A row is an image or an augmented view of one. Views are simply more rows of their patient: they count in the mean
+    before the clip, at no change in sensitivity (De et al., arXiv 2204.13650).
+
+    Raises:
+        PrivacyError: the rows of a patient are not together, or numbers are missing. A patient in two places would
+            be clipped twice.
+    """
+
+    features: Tensor  # (R, F) float32
+    patient: Tensor  # (R,) int64, 0 … P-1, non-decreasing; every number occurs
+    specialty: Tensor  # (R,) int64, position among the sorted names of the heads
+    label: Tensor  # (R,) int64, as the objective reads it
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raise PrivacyError unless the tensors are what they should be; they can be written to, so ask again."""
+        lengths = {name: len(tensor) for name, tensor in vars(self).items()}
+        if len(set(lengths.values())) > 1:
+            raise PrivacyError(f"tensors of patients have different lengths: {lengths}; give one row per image")
+        if any(vars(self)[name].dtype != torch.int64 for name in ("patient", "specialty", "label")):
+            raise PrivacyError("patient, specialty and label must be int64")
+        steps = torch.diff(self.patient, prepend=torch.tensor([0]))  # 0 within a patient, 1 to the next one
+        if len(steps) and (int(self.patient[0]) != 0 or int(steps.min()) < 0 or int(steps.max()) > 1):
+            raise PrivacyError(
+                "the numbers of the patients do not rise from 0 without gaps: the images of a patient must stand "
+                "together, or each run of them would be clipped by itself; sort by patient and number anew"
+            )
+
+    @property
+    def patients(self) -> int:
+        """P. A private number: it must not leave the site in DP mode."""
+        return int(self.patient[-1]) + 1 if len(self.patient) else 0
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """The Gaussian mechanism of one release; all of it is public and stands in the contract.
+
+    Raises:
+        PrivacyError: no noise, no clip, or no denominator.
+    """
+
+    noise_multiplier: float  # σ; the noise has standard deviation σ·C
+    max_grad_norm: float  # C
+    nominal_patients: int  # N₀, the denominator
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name}={value!r}: must be {limit}"
+            for name, value, limit, good in (
+                ("noise_multiplier", self.noise_multiplier, "above 0 and finite", 0 < self.noise_multiplier < inf),
+                ("max_grad_norm", self.max_grad_norm, "above 0 and finite", 0 < self.max_grad_norm < inf),
+                ("nominal_patients", self.nominal_patients, "1 or more", 1 <= self.nominal_patients < inf),
+            )
+            if not good
+        ]
+        if problems:
+            raise PrivacyError(*problems)
+
+
+def physical_batches(patient: Tensor, batch_size: int) -> Iterator[slice]:
+    """Row ranges of at most ``batch_size`` images that never split a patient (unless alone larger than that)."""
+    ends = [*(torch.nonzero(torch.diff(patient)).flatten() + 1).tolist(), len(patient)] if len(patient) else []
+    start = previous = 0
+    for end in ends:
+        if end - start > batch_size and previous > start:
+            yield slice(start, previous)
+            start = previous
+        previous = end
+    if previous > start:
+        yield slice(start, previous)

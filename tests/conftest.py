@@ -1,0 +1,60 @@
+"""What several folders of tests need."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import pytest
+
+from clinifed.config import Training
+from clinifed.contract import BaseModelRef, Contract, ContractSite, Promise
+from clinifed.models.specialties import SPECIALTIES
+
+
+@pytest.fixture(scope="session")
+def make_contract() -> Callable[..., Contract]:
+    """A contract over small heads, made without a model: (site → specialties, site → public key)."""
+
+    def make(
+        sites: Mapping[str, Sequence[str]],
+        keys: Mapping[str, str] | None = None,
+        dim: int = 4,
+        projection: bool = False,
+    ) -> Contract:
+        names = sorted({name for mine in sites.values() for name in mine})
+        shapes: dict[str, tuple[int, ...]] = {"trunk.projection.weight": (dim, dim)} if projection else {}
+        for name in names:
+            labels = len(SPECIALTIES[name].labels)
+            shapes |= {f"heads.{name}.weight": (labels, dim), f"heads.{name}.bias": (labels,)}
+        return Contract(
+            federation="unit",
+            clinifed_version="0",
+            base_model=BaseModelRef(ref="tiny", sha256="0" * 64),
+            specialties={name: SPECIALTIES[name] for name in names},
+            training=Training(train="projection" if projection else "heads"),
+            promise=Promise(
+                mode="dp",
+                epsilon=1,
+                delta=1e-5,
+                noise_multiplier=10,
+                max_grad_norm=1,
+                releases=3,
+                objective="cross-entropy",
+            ),
+            rounds=3,
+            min_clients=1,
+            max_clients=max(3, len(sites)),
+            min_updates=min(2, len(sites)),
+            round_timeout_s=60,
+            rule="fedavg",
+            sites={
+                name: ContractSite(
+                    specialties=tuple(sorted(mine)),
+                    nominal_patients=10,
+                    weight=number + 1,
+                    public_key=(keys or {}).get(name),
+                )
+                for number, (name, mine) in enumerate(sites.items())
+            },
+            shapes=shapes,
+        )
+
+    return make
