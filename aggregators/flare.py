@@ -6,7 +6,6 @@ no prompts; it starts at zero.
 
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from nvflare.apis.fl_constant import ReturnCode
@@ -45,10 +44,10 @@ class SafetensorsPersistor(ModelPersistor):
     """Keeps the global delta as safetensors; starts at zero.
 
     Args:
-        contract: the federation's contract as plain data.
+        contract: the federation's contract, :meth:`clinifed.contract.Contract.text`.
     """
 
-    def __init__(self, contract: dict[str, Any]) -> None:
+    def __init__(self, contract: str) -> None:
         super().__init__()
         self.contract = contract
 
@@ -64,7 +63,7 @@ class SafetensorsPersistor(ModelPersistor):
         if path.is_file():
             weights = load_file(path)
         else:
-            shapes = Contract.model_validate(self.contract).shapes
+            shapes = Contract.read(self.contract).shapes
             weights = {name: np.zeros(shape, dtype=np.float32) for name, shape in shapes.items()}
         return make_model_learnable(weights=weights, meta_props={})
 
@@ -81,10 +80,10 @@ class SpecialtyAggregator(ModelAggregator):
         - A refused update leaves no trace in the aggregate.
     """
 
-    def __init__(self, contract: dict[str, Any]) -> None:
+    def __init__(self, contract: str) -> None:
         super().__init__()
         self.contract = contract
-        self._agreed = Contract.model_validate(contract)
+        self._agreed = Contract.read(contract)
         self.job = ""  # set by the controller, which knows it
         self.round = 0
         self.nonces: set[str] = set()  # of everything accepted in this job
@@ -123,7 +122,7 @@ class FederatedRounds(ModelController):
     """Rounds with a deadline and a quorum of good updates.
 
     Args:
-        contract: the federation's contract as plain data.
+        contract: the federation's contract, :meth:`clinifed.contract.Contract.text`.
         run: names this job besides FLARE's own name of it.
         aggregator: the :class:`SpecialtyAggregator` of the same contract.
 
@@ -132,7 +131,7 @@ class FederatedRounds(ModelController):
         - A round ends at its deadline, whoever is missing.
     """
 
-    def __init__(self, contract: dict[str, Any], run: str, aggregator: SpecialtyAggregator) -> None:
+    def __init__(self, contract: str, run: str, aggregator: SpecialtyAggregator) -> None:
         # A site that fails costs the round that site, not the job: we count good updates ourselves.
         super().__init__(
             persistor_id=AppConstants.DEFAULT_PERSISTOR_ID, ignore_result_error=True, task_check_period=0.1
@@ -154,7 +153,7 @@ class FederatedRounds(ModelController):
 
     def run(self) -> None:
         """The whole federation, round by round."""
-        contract = Contract.model_validate(self.contract)
+        contract = Contract.read(self.contract)
         diary = Path(self.get_run_dir()) / SERVER_FOLDER / ROUNDS_FILE
         model = self.load_model()
         self.aggregator.job = job_key(self.fl_ctx.get_job_id(), self._run)

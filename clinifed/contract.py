@@ -5,11 +5,12 @@ can widen a policy.
 """
 
 from hashlib import sha256
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from clinifed.config import Specialty, Training
+from clinifed.errors import ConfigError
 from clinifed.files import canonical_json
 
 __all__ = ["BaseModelRef", "Contract", "ContractSite", "Promise"]
@@ -70,6 +71,27 @@ class Contract(_Agreed):
     sites: dict[str, ContractSite]
     shapes: dict[str, tuple[int, ...]]  # every shared parameter, float32
 
+    def text(self) -> str:
+        """The contract as one line of canonical JSON, in which it travels.
+
+        FLARE reads a job's configuration as HOCON, where a name with dots in it becomes several: a mapping would not
+        arrive as it was sent.
+        """
+        return canonical_json(self.model_dump(mode="json")).decode()
+
+    @classmethod
+    def read(cls, text: str) -> Self:
+        """The contract in ``text``.
+
+        Raises:
+            ConfigError: it is none, or of another version of clinifed.
+        """
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            found = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False))
+            raise ConfigError(*(f"the job's contract: {problem}" for problem in found)) from None
+
     def sha256(self) -> str:
         """The hash by which a site's policy approves this contract."""
-        return sha256(canonical_json(self.model_dump(mode="json"))).hexdigest()
+        return sha256(self.text().encode()).hexdigest()

@@ -1,7 +1,6 @@
 """The FLARE Executor of a hospital: task in, update out. The training itself is in a process of its own."""
 
 import time
-from typing import Any
 
 import numpy as np
 from nvflare.apis.event_type import EventType
@@ -12,6 +11,7 @@ from nvflare.apis.job_def import JobMetaKey
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_common.logging.constants import is_log_streaming_allowed
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from nvflare.fuel.utils import fobs
 from nvflare.private.privacy_manager import PrivacyService
@@ -39,7 +39,7 @@ class SiteExecutor(Executor):
     the job brings the contract and no code.
 
     Args:
-        contract: the federation's contract as plain data (see :class:`clinifed.contract.Contract`).
+        contract: the federation's contract, :meth:`clinifed.contract.Contract.text`.
         run: names this job besides FLARE's own name of it.
 
     Guarantees:
@@ -48,7 +48,7 @@ class SiteExecutor(Executor):
         - A trainer that is killed costs the site that round at most, and never a second release for one charge.
     """
 
-    def __init__(self, contract: dict[str, Any], run: str) -> None:
+    def __init__(self, contract: str, run: str) -> None:
         super().__init__()
         self.contract = contract  # FLARE's job exporter reads constructor arguments back from attributes
         self.run = run
@@ -71,7 +71,7 @@ class SiteExecutor(Executor):
         """The site's policy, and its running trainer."""
         policy = policy_of(fl_ctx)
         if self._trainer is None or not self._trainer.alive:
-            contract = Contract.model_validate(self.contract)
+            contract = Contract.read(self.contract)
             self._trainer = TrainerProcess(contract, policy, self._job(fl_ctx), _coordinator(fl_ctx))
         return policy, self._trainer
 
@@ -80,7 +80,7 @@ class SiteExecutor(Executor):
         if self._trainer is not None:
             self._trainer.stop()
         try:
-            if self.contract["promise"]["mode"] == "dp":
+            if Contract.read(self.contract).promise.mode == "dp":
                 Ledger.of(policy_of(fl_ctx)).finish(self._job(fl_ctx))
         except ClinifedError as error:
             self.log_error(fl_ctx, f"the reservation was not returned: {error}", fire_event=False)
@@ -124,7 +124,7 @@ class SiteExecutor(Executor):
 
     def _train(self, number: int, delta: bytes, fl_ctx: FLContext, abort_signal: Signal) -> Update:
         """One round in the trainer. If that was killed, a new one goes on from what is on the disk, once."""
-        timeout_s = float(self.contract["round_timeout_s"])
+        timeout_s = float(Contract.read(self.contract).round_timeout_s)
         for last in (False, True):
             policy, trainer = self._start(fl_ctx)
             try:
@@ -150,7 +150,7 @@ def _coordinator(fl_ctx: FLContext) -> str:
 
 
 def _refuse_open_door(fl_ctx: FLContext) -> None:
-    """Raise PrivacyError unless the site's release filter stands, last, on the way out."""
+    """Raise PrivacyError unless the site's release filter stands, last, on the way out, and no log goes past it."""
     if fl_ctx.get_prop(FLContextKey.SIMULATE_MODE, False) and fl_ctx.get_prop(FLContextKey.SCOPE_OBJECT) is None:
         # FLARE's simulator reads a site's privacy.json, but does not hand the scope on; elsewhere FLARE does.
         fl_ctx.set_prop(FLContextKey.SCOPE_OBJECT, PrivacyService.get_scope(None), private=True, sticky=False)
@@ -160,6 +160,11 @@ def _refuse_open_door(fl_ctx: FLContext) -> None:
         raise PrivacyError(
             f"{fl_ctx.get_identity_name()}: the site's privacy scope has no {ReleaseFilter.__name__} as its last "
             "result filter; see that local/privacy.json is the one that came with the site's kit"
+        )
+    if is_log_streaming_allowed(fl_ctx):  # FLARE's default: it then sends the site's log to the server, unfiltered
+        raise PrivacyError(
+            f"{fl_ctx.get_identity_name()}: FLARE streams this site's log to the server; set allow_log_streaming to "
+            "false in local/resources.json"
         )
     runner = fl_ctx.get_prop(FLContextKey.RUNNER)
     if runner is not None and (runner.task_result_filters or runner.task_data_filters):

@@ -72,11 +72,15 @@ class TrainerProcess:
             timeout_s: so long at most.
 
         Raises:
-            TrainerGoneError: the process ended, was stopped, or said nothing for ``timeout_s``.
+            TrainerGoneError: the process ended, or was stopped.
+            FederationError: it said nothing for ``timeout_s``, and was ended.
         """
         self._send({"round": round_number}, delta)
         deadline = time.monotonic() + timeout_s
         frame = read_frame(lambda size: self._read(size, stopped, deadline))
+        if frame is None and time.monotonic() > deadline:
+            self.stop()
+            raise FederationError(f"round {round_number}: the trainer did not answer in {timeout_s:g} s")
         if frame is None:
             self.stop()
             raise TrainerGoneError(
@@ -89,7 +93,7 @@ class TrainerProcess:
         try:
             write_frame(self._process.stdin.write, header, body)
             self._process.stdin.flush()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: the pipe was closed on our side
             self.stop()
             raise TrainerGoneError(f"the trainer's process ended, with {self._process.returncode}") from error
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from clinifed import __version__
 from clinifed.contract import Contract
 from clinifed.data.manifest import Manifest
 from clinifed.errors import BudgetExceededError, PrivacyError
@@ -138,6 +139,7 @@ class Releases:
             cohort=cohort,
             releases=promise.releases,
             noise_multiplier=promise.noise_multiplier,
+            clinifed_version=__version__,
         )
         jobs = self.ledger.account().jobs
         self.outbox.clean(name for name, job in jobs.items() if name != self.job and job.finished)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from nvflare.app_common.logging.constants import ALLOW_LOG_STREAMING_VAR
 from nvflare.app_common.widgets.component_path_authorizer import CLASS_ALLOW_LIST
 
 from clinifed.config import DataClass, Federation, FolderIndex
@@ -171,7 +172,8 @@ def write_site_folder(local: Path, policies: dict[str, SitePolicy], contract: Co
     In a simulation all sites share one such folder; a real site has its own.
     """
     local.mkdir(parents=True, exist_ok=True)
-    write_json(local / "resources.json", {"format_version": 2, CLASS_ALLOW_LIST: ALLOWED_CLASSES})
+    resources = {"format_version": 2, CLASS_ALLOW_LIST: ALLOWED_CLASSES, ALLOW_LOG_STREAMING_VAR: False}
+    write_json(local / "resources.json", resources)
     write_json(local / "privacy.json", privacy_scope())
     (local / POLICY_FOLDER).mkdir(exist_ok=True)
     for name, policy in policies.items():

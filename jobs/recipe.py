@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.job_config.api import FedJob
@@ -91,11 +90,11 @@ class FederationRecipe(Recipe):
 
     def __init__(self, contract: Contract) -> None:
         run = uuid.uuid4().hex
-        plain: dict[str, Any] = contract.model_dump(mode="json")
+        text = contract.text()
         job = FedJob(name=contract.federation, min_clients=contract.min_clients)
-        job.to_server(SafetensorsPersistor(plain), id=AppConstants.DEFAULT_PERSISTOR_ID)
-        job.to_server(FederatedRounds(plain, run, SpecialtyAggregator(plain)))
-        job.to_clients(SiteExecutor(plain, run), tasks=[AppConstants.TASK_TRAIN])
+        job.to_server(SafetensorsPersistor(text), id=AppConstants.DEFAULT_PERSISTOR_ID)
+        job.to_server(FederatedRounds(text, run, SpecialtyAggregator(text)))
+        job.to_clients(SiteExecutor(text, run), tasks=[AppConstants.TASK_TRAIN])
         # Without this FLARE copies our source into the job and marks it as bring-your-own-code.
         job.set_app_packages(["clinifed"])
         super().__init__(job)

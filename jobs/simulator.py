@@ -99,7 +99,7 @@ def main() -> None:
     from clinifed.jobs.recipe import FederationRecipe
 
     workspace, threads = Path(sys.argv[1]), int(sys.argv[2])
-    contract = Contract.model_validate_json((workspace / _CONTRACT_FILE).read_text(encoding="utf-8"))
+    contract = Contract.read((workspace / _CONTRACT_FILE).read_text(encoding="utf-8"))
     environment = SimEnv(clients=sorted(contract.sites), num_threads=threads, workspace_root=str(workspace))
     FederationRecipe(contract).simulate(environment)
 

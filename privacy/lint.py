@@ -22,6 +22,7 @@ from clinifed.privacy.lint_rules import (
     says,
     scope_without_release_filter,
     sensitivity_is_not_clip,
+    streamed_logs,
     wrong_releases,
 )
 
@@ -109,6 +110,11 @@ LINT_RULES: dict[str, Rule] = {
         foreign_classes,
         "a job may then bring executors and senders that never pass the release filter",
         'set class_allow_list to ["clinifed."] in the site\'s resources.json',
+    ),
+    "log-streaming": Rule(
+        streamed_logs,
+        "FLARE's default sends the site's log to the server as it is written, past the release filter",
+        "set allow_log_streaming to false in the site's resources.json",
     ),
     "server-decides": Rule(
         either(

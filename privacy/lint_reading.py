@@ -152,6 +152,8 @@ def _contracts(content: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     parts = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for part, value in list(parts):
         inner = (f"{key}[{part}]" if isinstance(content, list) else f"{key}.{part}").removeprefix(".")
+        if isinstance(value, str) and value.startswith("{") and '"promise"' in value:
+            value = json.loads(value, object_pairs_hook=_unique)  # as it travels in our jobs
         if isinstance(value, dict) and "promise" in value:
             content[part] = None
             yield inner, value
@@ -189,7 +191,10 @@ def _read(path: Path, in_job: bool) -> Iterator[Document]:
     if name.endswith((".json", ".yaml", ".yml")):
         content = _parse(path)
         kind = _kind(path, content)
-        inner = list(_contracts(content)) if kind in ("client", "server") else []
+        try:
+            inner = list(_contracts(content)) if kind in ("client", "server") else []
+        except ValueError as error:
+            raise ConfigError(f"{path}: a contract in it is not valid JSON: {error}; make the job anew") from error
         lacks = (
             kind == "policy" and path.parent.name == POLICY_FOLDER and not (path.parents[1] / "privacy.json").exists()
         )

@@ -26,6 +26,7 @@ __all__ = [
     "says",
     "scope_without_release_filter",
     "sensitivity_is_not_clip",
+    "streamed_logs",
     "wrong_releases",
 ]
 
@@ -243,6 +244,14 @@ def foreign_classes(document: Document) -> Iterator[Hit]:
         yield "class_allow_list", f"class_allow_list: {allowed!r}"
     if (mode := document.content.get("class_list_enforcement_mode", "enforce")) != "enforce":
         yield "class_list_enforcement_mode", f"class_list_enforcement_mode: {mode!r}"
+
+
+def streamed_logs(document: Document) -> Iterator[Hit]:
+    """A site whose log FLARE may send to the server; that is FLARE's default."""
+    if document.kind == "resources" and isinstance(document.content, dict):
+        allowed = document.content.get("allow_log_streaming", "missing, and FLARE's default is true")
+        if allowed is not False:
+            yield "allow_log_streaming", f"allow_log_streaming: {allowed!r}"
 
 
 def not_schema(document: Document) -> Iterator[Hit]:

@@ -13,7 +13,7 @@ from .conftest import JOB
 
 @pytest.fixture
 def aggregator(contract, monkeypatch):
-    made = SpecialtyAggregator(contract.model_dump(mode="json"))
+    made = SpecialtyAggregator(contract.text())
     made.round, made.job = 1, JOB
     monkeypatch.setattr(made, "warning", logging.getLogger(__name__).info)
     return made

@@ -35,9 +35,9 @@ def command(*arguments: object) -> list[str]:
 def clinifed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Finished]:
     elsewhere = tmp_path_factory.mktemp("elsewhere")  # never the repository root: bare folders are importable there
 
-    def run(*arguments: object, timeout_s: float = 400) -> Finished:
+    def run(*arguments: object, timeout_s: float = 400, typed: str = "") -> Finished:
         done = subprocess.run(
-            command(*arguments), capture_output=True, text=True, cwd=elsewhere, timeout=timeout_s, env=os.environ.copy()
+            command(*arguments), capture_output=True, text=True, cwd=elsewhere, timeout=timeout_s, input=typed
         )
         return Finished(done.returncode, done.stdout, done.stderr)
 

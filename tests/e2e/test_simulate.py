@@ -7,10 +7,12 @@ import time
 from pathlib import Path
 
 import jsonschema
+import pydicom
 import pytest
 import yaml
 from safetensors.numpy import load_file
 
+from clinifed.data.manifest import read_manifest
 from clinifed.files import read_lines
 from clinifed.jobs.finish import summary_schema
 from clinifed.policy import Budget
@@ -73,6 +75,24 @@ def test_the_ledger_is_verified_by_the_command_line_against_what_left(smoke, cli
         done = clinifed(*asked, "--published", smoke.path / "checkpoint" / "card.json")
         assert done.code == 0, done.err
         assert done.json()["intact"]
+
+
+def test_a_patient_who_withdraws_is_told_which_releases_and_models_the_data_touched(smoke, clinifed):
+    (policy,) = smoke.path.glob("flare/*/local/clinifed/alder.yaml")
+    card = smoke.path / "checkpoint" / "card.json"
+    manifest = read_manifest(smoke.path / "data" / "alder" / "manifest.csv")
+    record = next(r for r in manifest.records if r.split == "train")
+    header = pydicom.dcmread(manifest.folder / record.image, stop_before_pixels=True)
+    issuer = ("--issuer", header.IssuerOfPatientID) if header.get("IssuerOfPatientID") else ()
+    asked = ("privacy", "touched", "--policy", policy, "--card", card, "--json", *issuer)
+    done = clinifed(*asked, typed=f"{header.PatientID}\n")
+    assert done.code == 0, done.err
+    (job,) = done.json()["touched"]
+    assert job["rounds"] == list(range(PLAN["rounds"]))
+    assert job["checkpoints"] == [str(card)]
+    assert str(header.PatientID) not in done.out + done.err
+    assert clinifed(*asked, typed="nobody we know\n").json()["touched"] == []
+    assert clinifed(*asked).code == 3
 
 
 def test_bytes_per_round_and_site_are_at_most_a_hundredth_of_the_model(smoke):

@@ -140,6 +140,10 @@ def test_a_declared_figure_leaves_once_the_policy_declares_it(site, contract, pr
 class TestDoor:
     """Nothing runs at a site whose door stands open."""
 
+    @pytest.fixture(autouse=True)
+    def logs_stay(self, monkeypatch):
+        monkeypatch.setattr("clinifed.executors.flare.is_log_streaming_allowed", lambda fl_ctx: False)
+
     def scope(self, *filters) -> SimpleNamespace:
         return SimpleNamespace(task_result_filters={"out": list(filters), "in": []})
 
@@ -152,6 +156,12 @@ class TestDoor:
         runner = SimpleNamespace(task_result_filters={"train_out": [object()]}, task_data_filters={})
         props = {FLContextKey.SCOPE_OBJECT: self.scope(ReleaseFilter()), FLContextKey.RUNNER: runner}
         with pytest.raises(PrivacyError, match="filters of its own"):
+            _refuse_open_door(context(tmp_path, **props))
+
+    def test_where_flare_streams_the_sites_log_nothing_runs(self, tmp_path, monkeypatch):
+        monkeypatch.undo()  # without a word in resources.json, FLARE's default is to stream
+        props = {FLContextKey.SCOPE_OBJECT: self.scope(ReleaseFilter())}
+        with pytest.raises(PrivacyError, match="allow_log_streaming"):
             _refuse_open_door(context(tmp_path, **props))
 
     def test_with_the_filter_last_and_no_others_it_runs(self, tmp_path):
@@ -168,6 +178,6 @@ def test_the_scope_is_the_default_and_its_filter_is_ours_on_the_way_out():
 
 
 def test_the_executor_answers_no_other_task(contract, tmp_path):
-    executor = SiteExecutor(contract.model_dump(mode="json"), "run")
+    executor = SiteExecutor(contract.text(), "run")
     reply = executor.execute("submit_model", Shareable(), context(tmp_path), SimpleNamespace(triggered=False))
     assert reply.get_return_code() == ReturnCode.TASK_UNKNOWN

@@ -69,6 +69,18 @@ def test_a_federation_may_define_its_own_specialty():
     assert agreed.shapes["heads.ophthalmology.weight"][0] == 2
 
 
+def names(content) -> list[str]:
+    if isinstance(content, dict):
+        return [*content, *(n for v in content.values() for n in names(v))]
+    return [n for v in content for n in names(v)] if isinstance(content, list) else []
+
+
+def test_no_name_in_a_job_holds_a_dot_which_flare_would_read_as_several_names(tmp_path):
+    FederationRecipe(contract()).write(tmp_path)
+    for path in tmp_path.rglob("*.json"):
+        assert [name for name in names(json.loads(path.read_text())) if "." in name] == []
+
+
 def test_the_job_names_our_classes_and_brings_no_code(tmp_path):
     FederationRecipe(contract()).write(tmp_path)
     files = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
@@ -76,4 +88,4 @@ def test_the_job_names_our_classes_and_brings_no_code(tmp_path):
     server = json.loads((tmp_path / "unit/app/config/config_fed_server.json").read_text())
     paths = [c["path"] for c in (*server["components"], *server["workflows"])]
     assert all(p.startswith("clinifed.") for p in paths), paths
-    assert server["workflows"][0]["args"]["contract"] == contract().model_dump(mode="json")
+    assert server["workflows"][0]["args"]["contract"] == contract().text()

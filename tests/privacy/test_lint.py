@@ -122,6 +122,10 @@ BAD: dict[str, list[tuple[str, str]]] = {
         ("resources.json", json.dumps({"format_version": 2})),
         ("resources.json", json.dumps({"class_allow_list": ["clinifed."], "class_list_enforcement_mode": "warn"})),
     ],
+    "log-streaming": [
+        ("resources.json", json.dumps({"class_allow_list": ["clinifed."]})),
+        ("resources.json", json.dumps({"class_allow_list": ["clinifed."], "allow_log_streaming": True})),
+    ],
     "server-decides": [
         (CLIENT, client({"target_epsilon": 1.0})),
         (CLIENT, client({"task_script_args": "--batch_size 64 --target_epsilon=1.0"})),
@@ -259,7 +263,10 @@ def test_a_job_of_ours_is_clean_and_its_contracts_are_checked(contract: Contract
     assert lint(tmp_path) == []
     path = tmp_path / NAME / "app" / "config" / "config_fed_client.json"
     job = json.loads(path.read_text())
-    job["executors"][0]["executor"]["args"]["contract"]["promise"]["noise_multiplier"] /= 2
+    arguments = job["executors"][0]["executor"]["args"]
+    weak = json.loads(arguments["contract"])
+    weak["promise"]["noise_multiplier"] /= 2
+    arguments["contract"] = json.dumps(weak)
     path.write_text(json.dumps(job))
     (finding,) = [f for f in lint(tmp_path) if f.rule == "noise-multiplier"]
     assert finding.where == f"{path}:executors[0].executor.args.contract.promise.noise_multiplier"
