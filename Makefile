@@ -30,6 +30,7 @@ types: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
+	$(BIN)/python benchmarks/privacy.py
 	$(BIN)/python benchmarks/demo_seeds.py
 
 docs-check: $(INSTALLED)

@@ -7,19 +7,16 @@ Writes ``benchmarks/RESULTS.md`` for people and ``benchmarks/results.json`` for 
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
+from results import HERE, machine, write_section
+
 CONFIG = HERE.parent / "simulator_configs" / "demo.yaml"
-PACKAGES = ("nvflare", "torch", "opacus", "open_clip_torch")
 
 
 def run(out: Path, settings: Sequence[str]) -> dict[str, Any]:
@@ -80,9 +77,6 @@ def main() -> None:
     last = next(iter(summaries.values()))
     sent = max(r["bytes_sent"] for site in last["sites"].values() for r in site["rounds"])
     received = max(r["bytes_received"] for site in last["sites"].values() for r in site["rounds"])
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, " + ", ".join(
-        f"{p} {version(p)}" for p in PACKAGES
-    )
     entries = [
         {
             "name": f"demo_{which}_{name}",
@@ -91,7 +85,7 @@ def main() -> None:
             "b": mean(c[name][0] for c in runs.values()),
             "unit": "balanced accuracy, federated over zero-shot",
             "spread": max(c[name][2] for c in runs.values()) - min(c[name][2] for c in runs.values()),
-            "machine": machine,
+            "machine": machine(),
         }
         for which, runs in (("learned", learned), ("shuffled", control))
         if runs
@@ -105,16 +99,12 @@ def main() -> None:
             "b": last["full_model_bytes"],
             "unit": "bytes per round and site over the full model's",
             "spread": 0,
-            "machine": machine,
+            "machine": machine(),
         }
     )
     (HERE / "results.json").write_text(json.dumps(entries, indent=2) + "\n")
     text = [
-        "# Results",
-        "",
-        f"Machine: {machine}. Every figure comes from whole runs of `clinifed simulate simulator_configs/demo.yaml`.",
-        "",
-        "## The demo over data seeds",
+        "Every figure comes from whole runs of `clinifed simulate simulator_configs/demo.yaml`.",
         "",
         "Balanced accuracy by patient on the public test set: zero-shot / mean of the sites alone at the same",
         "epsilon / federated. The scanners (`style_seed`) were chosen, the seeds below were not.",
@@ -127,10 +117,10 @@ def main() -> None:
     text += [
         f"Payload per round and site: {sent} bytes out, {received} bytes in; the full model has "
         f"{last['full_model_bytes']} bytes ({max(sent, received) / last['full_model_bytes']:.2%}).",
-        f"Wall time of a run, two at a time on this machine: {min(walls):.0f}–{max(walls):.0f} s.",
+        f"Wall time of a run, one at a time: {min(walls):.0f}–{max(walls):.0f} s.",
         "",
     ]
-    (HERE / "RESULTS.md").write_text("\n".join(text))
+    write_section("The demo over data seeds", text)
     print("\n".join(text))
 
 

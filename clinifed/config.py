@@ -81,6 +81,7 @@ class Training(_Settings):
     learning_rate: float = Field(4.0, gt=0, le=1000)
     temperature: float = Field(10.0, gt=0, le=100)  # scale of the zero-shot logits at the start
     batch_size: int = Field(64, ge=1)  # images per physical batch; changes memory, never the result
+    views: int = Field(1, ge=1, le=16)  # of each image, a little turned and nearer; they count in the patient's mean
     pull: float = Field(0.0, ge=0, le=1)  # towards the zero-shot start, per unit of step; sees no data, after the noise
 
 

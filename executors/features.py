@@ -34,6 +34,7 @@ def patient_tensors(
     batch_size: int,
     cache: Path | None,
     objective: Objective = OBJECTIVES["cross-entropy"],
+    views: int = 1,
 ) -> PatientTensors:
     """The patients of ``manifest`` as features (R, F) of the frozen part of ``model``.
 
@@ -43,6 +44,7 @@ def patient_tensors(
         batch_size: images per forward pass.
         cache: owner-only folder for the features, or None.
         objective: whose labels these are: one of the specialty's to an image, or several joined by ``|``.
+        views: rows of each image: itself, and augmented ones.
 
     Images that cannot be read are left out and counted in the log; whether a patient counts depends on that
     patient's own files alone.
@@ -67,13 +69,16 @@ def patient_tensors(
         )
 
     def compute() -> dict[str, Tensor]:
+        from clinifed.data.transforms import augment  # MONAI takes seconds to import: only where images are read
+
         index = {record.image: i for i, record in enumerate(records)}
         features, kept, skipped = [], [], Counter[str]()
         for batch in iter_pixels(manifest, records, backbone.preprocess, batch_size):
             skipped.update(batch.skipped)
             if batch.records:
-                features.append(model.features(batch.pixels))
-                kept += [index[r.image] for r in batch.records]
+                seen = [model.features(augment(batch.pixels, view)) for view in range(views)]
+                features.append(torch.stack(seen, dim=1).flatten(0, 1))  # the views of an image stand together
+                kept += [index[r.image] for r in batch.records for _ in range(views)]
         if skipped:
             log.warning("images left out: %s", dict(skipped))
         if not kept:
@@ -87,6 +92,7 @@ def patient_tensors(
         "manifest": manifest.sha256,
         "split": split,
         "specialties": names,
+        "views": views,
     }
     cached = cached_features(cache, key, compute)
     kept_rows = cached["row"].tolist()

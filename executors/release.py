@@ -122,6 +122,7 @@ class Releases:
         Raises:
             BudgetExceededError: the site's budget does not pay for the job.
             LedgerError: the ledger is missing or damaged.
+            PrivacyError: the patients are not those with whom the job began.
         """
         if not self.private:
             return
@@ -142,6 +143,11 @@ class Releases:
             clinifed_version=__version__,
         )
         jobs = self.ledger.account().jobs
+        if self.job in jobs and jobs[self.job].cohort != cohort["patients_hmac"]:
+            raise PrivacyError(
+                f"site {self.policy.site}: the manifest has other patients than when job {self.job} began, and the ledger "
+                "could not say who took part; restore the manifest, or let the job go on without this site"
+            )
         self.outbox.clean(name for name, job in jobs.items() if name != self.job and job.finished)
 
     def release(self, round_number: int, make: Callable[[], tuple[Parameters, Mapping[str, Any]]]) -> Update:
@@ -151,8 +157,11 @@ class Releases:
             make: trains, and returns the change of the parameters and what the policy declares.
 
         Raises:
+            PrivacyError: the contract has no such round.
             BudgetExceededError: the reservation does not pay for it (any more).
         """
+        if not 0 <= round_number < self.contract.rounds:
+            raise PrivacyError(f"round {round_number} was asked for, the contract has {self.contract.rounds}")
         kept = self.outbox.get(self.job, round_number)
         if kept is not None:
             return self._recorded(kept)

@@ -99,6 +99,7 @@ class SiteTrainer:
             batch_size=training.batch_size,
             cache=policy.cache,
             objective=self.objective,
+            views=training.views,
         )
 
     def train(self, round_number: int, delta: Mapping[str, Tensor]) -> Update:
@@ -130,19 +131,18 @@ class SiteTrainer:
     @torch.no_grad()
     def _declared(self) -> dict[str, Any]:
         """What the policy declares of the site's data, as it is, without noise; the model's card lists it."""
-        specialties, data = self.contract.specialties, self.data
+        specialties, data, views = self.contract.specialties, self.data, self.contract.training.views
         names = sorted(self.contract.sites[self.policy.site].specialties)
         figures: dict[str, Any] = {}
         for what in self.policy.declare:
             if what == "patient_count":
                 figures[what] = data.patients
             elif what == "image_count":
-                figures[what] = len(data.patient)
+                figures[what] = len(data.patient) // views
             elif what == "label_counts":
+                label, specialty = data.label[::views], data.specialty[::views]  # once for each image
                 figures[what] = {
-                    name: label_counts(
-                        self.objective, data.label[data.specialty == index], len(specialties[name].labels)
-                    )
+                    name: label_counts(self.objective, label[specialty == index], len(specialties[name].labels))
                     for index, name in enumerate(names)
                 }
             elif what == "train_loss":

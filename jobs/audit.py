@@ -25,6 +25,7 @@ def audit_federation(config: Path, overrides: Sequence[str], progress: Callable[
     if privacy.mode == "off":
         raise ConfigError(f"{config}: privacy: off adds no noise that could be audited; set privacy.mode=dp")
     from clinifed.privacy.audit import audit
+    from clinifed.privacy.claims import statement
     from clinifed.privacy.self_test import self_test
 
     releases = (federation.rounds + privacy.reserve_rounds) * federation.training.local_epochs
@@ -37,6 +38,7 @@ def audit_federation(config: Path, overrides: Sequence[str], progress: Callable[
         "objective": privacy.objective,
         "epsilon": privacy.epsilon,
         "delta": privacy.delta,
+        **statement(),
         "releases": releases,
         "max_grad_norm": privacy.max_grad_norm,
         "nominal_patients": nominal,

@@ -41,6 +41,7 @@ def _features(
     names: list[str],
     split: str | None,
     cache: Path | None,
+    views: int = 1,
 ) -> PatientTensors:
     return patient_tensors(
         model,
@@ -51,6 +52,7 @@ def _features(
         batch_size=contract.training.batch_size,
         cache=cache,
         objective=resolve_objective(contract.promise.objective),
+        views=views,
     )
 
 
@@ -85,7 +87,8 @@ def evaluate_run(
         progress("training every site alone, for comparison")
         for site, manifest in data.sites.items():
             mine = sorted(contract.sites[site].specialties)
-            own = _features(contract, model, backbone, manifest, mine, "train", policies[site].cache)
+            views = contract.training.views
+            own = _features(contract, model, backbone, manifest, mine, "train", policies[site].cache, views)
             modes = (True, False) if contract.promise.mode == "dp" else (False,)
             for private in modes:
                 alone[private][site] = local_scores(contract, backbone, site, own, public, tested, private=private)

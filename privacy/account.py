@@ -34,6 +34,7 @@ class JobAccount:
     """One job's part."""
 
     contract: str = ""
+    cohort: str = ""  # the keyed hash of its patients
     reserved: int = 0  # units still set aside
     charged: int = 0  # units, over all its charges
     last: datetime | None = None  # its last record
@@ -135,6 +136,7 @@ class Account:
         if job.reserved:
             return "the job has a reservation already"
         job.reserved, job.contract = units, record["contract"]
+        job.cohort = record.get("cohort", {}).get("patients_hmac", "")
         return ""
 
     def _charge(self, record: Record, job: JobAccount) -> str:

@@ -13,7 +13,7 @@ from clinifed.contract import Contract
 from clinifed.errors import PrivacyError
 from clinifed.privacy.accountant import epsilon_of
 
-__all__ = ["TRUST_MODEL", "claim_schema", "disagreements", "make_claim"]
+__all__ = ["TRUST_MODEL", "check_claim", "claim_schema", "disagreements", "make_claim", "statement"]
 
 _SCHEMA = "claim.schema.json"
 TRUST_MODEL = "each site adds its own noise before anything leaves it"
@@ -24,6 +24,16 @@ def claim_schema() -> dict[str, Any]:
     """The JSON Schema of a claim, as shipped with the package."""
     schema: dict[str, Any] = json.loads(files("clinifed.privacy").joinpath(_SCHEMA).read_text(encoding="utf-8"))
     return schema
+
+
+def statement() -> dict[str, Any]:
+    """What is true of every epsilon that clinifed computes: unit, relation, trust model, accountant and its version."""
+    return {
+        "unit": "patient",
+        "relation": "add_remove",
+        "trust_model": TRUST_MODEL,
+        "accountant": {"name": "gaussian-dp filter", "version": f"clinifed {__version__}"},
+    }
 
 
 def make_claim(
@@ -50,21 +60,19 @@ def make_claim(
     promise = contract.promise
     private = promise.mode == "dp"
     claim = {
+        **statement(),
         "schema_version": 1,
         "scope": scope,
         "epsilon": epsilon_of(units, delta) if private and delta else None,
         "delta": delta if private else None,
-        "unit": promise.unit,
-        "relation": promise.relation,
         "mechanism": promise.mechanism if private else NO_NOISE,
         "noise_multiplier": promise.noise_multiplier if private else None,
         "max_grad_norm": promise.max_grad_norm if private else None,
         "nominal_patients": contract.sites[site].nominal_patients,
-        "trust_model": TRUST_MODEL if private else NO_NOISE,
-        "accountant": {"name": "gaussian-dp filter", "version": f"clinifed {__version__}"} if private else None,
         "ledger_head": head if private else None,
         "budget_epsilon": budget if private else None,
         "contract_sha256": contract.sha256(),
+        **({} if private else {"trust_model": NO_NOISE, "accountant": None}),
     }
     check_claim(claim)
     return claim

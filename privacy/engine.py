@@ -60,16 +60,18 @@ class PatientDPOptimizer(DPOptimizer):
         images = torch.bincount(self.groups, minlength=count)
         means = []
         for rows in self.grad_samples:  # (R, *shape) per parameter
-            total = rows.new_zeros((count, *rows.shape[1:])).index_add_(0, self.groups, rows)
-            means.append(total / images.view(-1, *([1] * (rows.dim() - 1))))
-        norms = torch.stack([m.reshape(count, -1).norm(2, dim=1) for m in means], dim=1).norm(2, dim=1)  # (P,)
+            flat = rows.reshape(len(rows), -1)
+            total = flat.new_zeros((count, flat.shape[1])).index_add_(0, self.groups, flat)
+            means.append(total.div_(images.unsqueeze(1)))  # (P, numel)
+        norms = torch.stack([mean.norm(2, dim=1) for mean in means], dim=1).norm(2, dim=1)  # (P,)
         finite = torch.isfinite(norms)
         self.skipped += int((~finite).sum())
         # 1e-6: as Opacus; it only ever makes the factor smaller.
         factor = torch.where(finite, (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0), 0.0)
         for parameter, mean in zip(self.params, means, strict=True):
-            keep = finite.view(-1, *([1] * (mean.dim() - 1)))
-            clipped = torch.einsum("p,p...->...", factor, torch.where(keep, mean, 0.0))
+            if self.skipped:  # 0 · NaN is NaN, so that a factor of zero would not do
+                mean = torch.where(finite.unsqueeze(1), mean, 0.0)
+            clipped = (factor @ mean).view_as(parameter)
             parameter.summed_grad = clipped if parameter.summed_grad is None else parameter.summed_grad + clipped
 
     def add_noise(self) -> None:

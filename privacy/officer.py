@@ -5,12 +5,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from clinifed import __version__
 from clinifed.errors import LedgerError
 from clinifed.files import OWNER_ONLY, canonical_json, read_lines, write_atomic
 from clinifed.privacy.accountant import epsilon_of
-from clinifed.privacy.chain import Chain
-from clinifed.privacy.claims import TRUST_MODEL
+from clinifed.privacy.chain import Chain, Record
+from clinifed.privacy.claims import statement
 from clinifed.privacy.ledger import LedgerState, read_ledger
 
 __all__ = ["backup_ledger", "export_ledger", "ledger_report", "verify_ledger"]
@@ -22,8 +21,13 @@ def ledger_report(path: Path, anchor: Path | None = None) -> dict[str, Any]:
     Raises:
         LedgerError: it is missing, damaged, or does not meet its anchor.
     """
+    return _report(path, anchor)[0]
+
+
+def _report(path: Path, anchor: Path | None) -> tuple[dict[str, Any], tuple[Record, ...]]:
+    """The report, and the records behind it."""
     state, account, left = read_ledger(path, anchor)
-    return {
+    report = {
         "site": state.site,
         "format": account.format,
         **_sum(state),
@@ -47,6 +51,7 @@ def ledger_report(path: Path, anchor: Path | None = None) -> dict[str, Any]:
             for name, job in account.jobs.items()
         ],
     }
+    return report, left["records"]
 
 
 def _sum(state: LedgerState) -> dict[str, Any]:
@@ -54,10 +59,7 @@ def _sum(state: LedgerState) -> dict[str, Any]:
     return {
         "epsilon": state.epsilon_spent,
         "delta": state.delta,
-        "unit": "patient",
-        "relation": "add_remove",
-        "trust_model": TRUST_MODEL,
-        "accountant": {"name": "gaussian-dp filter", "version": f"clinifed {__version__}"},
+        **statement(),
         "budget_epsilon": state.epsilon_budget,
         "spent_units": state.spent_units,
         "reserved_units": state.reserved_units,
@@ -76,7 +78,7 @@ def verify_ledger(path: Path, anchor: Path | None = None, published: Sequence[Pa
     Raises:
         LedgerError: it is not intact; with every reason.
     """
-    report = ledger_report(path, anchor)
+    report, records = _report(path, anchor)
     problems = []
     if report["torn_bytes"]:
         problems.append(
@@ -84,7 +86,7 @@ def verify_ledger(path: Path, anchor: Path | None = None, published: Sequence[Pa
         )
     if report["ahead_of_anchor"]:
         problems.append(f"{path}: is one record ahead of its anchor (a crash); the next charge moves the anchor")
-    own = {record["hash"] for record in read_ledger(path, anchor)[2]["records"]}
+    own = {record["hash"] for record in records}
     for file in published:
         heads = set(_heads(_read(file), report["site"]))
         if not heads:
@@ -126,7 +128,8 @@ def _named(content: Any) -> Iterator[str]:
 
 def export_ledger(path: Path, anchor: Path | None = None) -> dict[str, Any]:
     """The whole verified ledger as plain data: the report, and every record."""
-    return {"schema_version": 1, **ledger_report(path, anchor), "chain": list(read_ledger(path, anchor)[2]["records"])}
+    report, records = _report(path, anchor)
+    return {"schema_version": 1, **report, "chain": list(records)}
 
 
 def backup_ledger(path: Path, folder: Path, anchor: Path | None = None) -> Path:

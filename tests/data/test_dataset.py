@@ -8,6 +8,7 @@ from PIL import Image
 
 from clinifed.data.dataset import iter_pixels, load_pixels, patients
 from clinifed.data.manifest import Manifest, Record
+from clinifed.data.transforms import augment
 
 
 @dataclass(frozen=True)
@@ -78,3 +79,34 @@ def test_a_patient_of_two_specialties_is_one_unit(tmp_path):
     )
     units = patients(Manifest(tmp_path / "m.csv", records, "public", "0"), "train", ("radiology", "cardiology"))
     assert [(u.key, len(u.records)) for u in units] == [("p1", 1), ("p2", 2)]
+
+
+def disc(row: int, column: int) -> torch.Tensor:
+    """A bright disc on black, (1, 3, 64, 64)."""
+    y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    return (((y - row) ** 2 + (x - column) ** 2) < 16).float().expand(1, 3, 64, 64).clone()
+
+
+def centre(image: torch.Tensor) -> tuple[float, float]:
+    """Row and column of the disc, from the middle."""
+    weight = image[0, 0] / image[0, 0].sum()
+    axis = torch.arange(64) - 31.5
+    return float((weight.sum(1) * axis).sum()), float((weight.sum(0) * axis).sum())
+
+
+def test_view_0_is_the_image_and_the_others_turn_both_ways_and_come_nearer():
+    picture = disc(32, 50)
+    assert augment(picture, 0) is picture
+    row, column = centre(picture)
+    one, two = centre(augment(picture, 1)), centre(augment(picture, 2))
+    assert (one[0] - row) * (two[0] - row) < 0, "one turns up, the other down"
+    for view in (one, two):
+        assert np.hypot(*view) == pytest.approx(1.04 * np.hypot(row, column), rel=0.02)
+        assert view[1] > 0, "nothing is flipped"
+    far = centre(augment(picture, 5))
+    assert np.hypot(*far) == pytest.approx(1.04**3 * np.hypot(row, column), rel=0.03)
+
+
+def test_the_views_of_an_image_do_not_depend_on_the_others():
+    both = torch.cat([disc(20, 20), disc(40, 30)])
+    assert torch.equal(augment(both, 3)[:1], augment(disc(20, 20), 3))

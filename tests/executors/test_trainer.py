@@ -208,6 +208,25 @@ def test_privacy_off_needs_the_policy_and_data_that_is_nobodys(contract, policy,
     assert kinds(policy) == ["open"]
 
 
+def test_a_round_that_the_contract_has_not_is_refused_uncharged(contract, policy, train):
+    for number in (-1, contract.rounds):
+        with pytest.raises(PrivacyError, match=f"round {number} was asked for, the contract has 3"):
+            train().train(number, zeros(contract))
+    assert kinds(policy) == ["open", "reserve"]
+
+
+def test_other_patients_in_the_middle_of_a_job_are_refused(contract, prepared, train, tmp_path):
+    from clinifed.data.manifest import write_manifest
+
+    train().train(0, zeros(contract))
+    source = prepared.sites["alder"]
+    first = source.records[0].patient
+    (tmp_path / "images").symlink_to(source.folder / "images")
+    fewer = write_manifest(tmp_path / "m.csv", [r for r in source.records if r.patient != first], "synthetic")
+    with pytest.raises(PrivacyError, match="other patients than when job"):
+        train(manifest=fewer.path)
+
+
 def test_figures_leave_only_where_the_policy_declares_them(contract, train):
     trainer = train(declare=("patient_count", "image_count", "label_counts", "train_loss"))
     declared = trainer.train(0, zeros(contract)).meta["declared"]
@@ -215,6 +234,21 @@ def test_figures_leave_only_where_the_policy_declares_them(contract, train):
     assert declared["image_count"] == len(trainer.data.patient)
     assert sum(map(sum, declared["label_counts"].values())) == declared["image_count"]
     assert declared["train_loss"] > 0
+
+
+def test_views_are_rows_of_their_patient_and_do_not_count_as_images(federation, backbone, contract, train):
+    training = federation.training.model_copy(update={"views": 3})
+    agreed = build_contract(federation.model_copy(update={"training": training}), backbone)
+    plain = train()
+    plain.releases.finish()
+    viewed = train(agreed, job="another", declare=("patient_count", "image_count", "label_counts"))
+    assert len(viewed.data.patient) == 3 * len(plain.data.patient)
+    assert torch.equal(viewed.data.patient[::3], plain.data.patient)
+    assert torch.equal(viewed.data.features[::3], plain.data.features)  # the first view is the image itself
+    assert not torch.allclose(viewed.data.features[1::3], plain.data.features)
+    declared = viewed._declared()
+    assert declared["image_count"] == len(plain.data.patient)
+    assert sum(map(sum, declared["label_counts"].values())) == declared["image_count"]
 
 
 def test_the_pull_draws_towards_zero_shot_after_the_noise(federation, backbone, contract, train):

@@ -1,0 +1,27 @@
+"""Where the benchmarks write: one section of ``RESULTS.md`` each, with the machine beside the figures."""
+
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+PACKAGES = ("nvflare", "torch", "opacus", "open_clip_torch")
+
+
+def machine() -> str:
+    """What the figures were measured on."""
+    packages = ", ".join(f"{p} {version(p)}" for p in PACKAGES)
+    return f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, {packages}"
+
+
+def write_section(title: str, lines: Sequence[str]) -> None:
+    """Put ``lines`` into the section ``title``, and leave the other sections as they are."""
+    path = HERE / "RESULTS.md"
+    before = path.read_text(encoding="utf-8") if path.exists() else "# Results\n"
+    head, *sections = before.split("\n## ")
+    kept = {text.partition("\n")[0]: text.partition("\n")[2].strip("\n") for text in sections}
+    kept[title] = "\n".join([f"Machine: {machine()}.", "", *lines]).strip("\n")
+    text = "\n\n".join([head.strip("\n"), *(f"## {name}\n\n{body}" for name, body in kept.items())])
+    path.write_text(text + "\n", encoding="utf-8")
