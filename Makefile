@@ -34,7 +34,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/demo_seeds.py
 
 docs-check: $(INSTALLED)
-	$(BIN)/python -m pytest tests/test_cli.py tests/test_layout.py tests/test_load.py
+	$(BIN)/python -m pytest tests/test_cli.py tests/test_docs.py tests/test_layout.py tests/test_load.py
 
 wheel: $(INSTALLED)
 	$(BIN)/python -m build --wheel

@@ -145,8 +145,8 @@ class Releases:
         jobs = self.ledger.account().jobs
         if self.job in jobs and jobs[self.job].cohort != cohort["patients_hmac"]:
             raise PrivacyError(
-                f"site {self.policy.site}: the manifest has other patients than when job {self.job} began, and the ledger "
-                "could not say who took part; restore the manifest, or let the job go on without this site"
+                f"site {self.policy.site}: the manifest has other patients than when job {self.job} began, and the "
+                "ledger could not say who took part; restore the manifest, or let the job go on without this site"
             )
         self.outbox.clean(name for name, job in jobs.items() if name != self.job and job.finished)
 
