@@ -7,7 +7,7 @@ key, the value and the nearest valid key. Nothing is repaired silently.
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
 
 from clinifed.messages import Declarable
 
@@ -54,6 +54,19 @@ class Specialty(_Settings):
 
     modality: str = ""  # for people; the model does not read it
     labels: dict[str, tuple[str, ...]]  # label → its prompts; the order is the order of the logits
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _from_pairs(cls, value: Any) -> Any:
+        pairs = isinstance(value, list | tuple) and all(isinstance(p, list | tuple) and len(p) == 2 for p in value)
+        if pairs and len({str(label) for label, _ in value}) < len(value):
+            raise ValueError("a label stands there twice")
+        return {label: prompts for label, prompts in value} if pairs else value
+
+    @field_serializer("labels", when_used="json")
+    def _to_pairs(self, labels: dict[str, tuple[str, ...]]) -> list[tuple[str, tuple[str, ...]]]:
+        """As pairs: JSON with sorted keys, which hashes need, would turn the order of the logits."""
+        return list(labels.items())
 
     @field_validator("labels")
     @classmethod

@@ -204,6 +204,28 @@ def test_a_site_that_refuses_costs_the_round_that_site_not_the_run(smoke, clinif
     assert "not the one that was written" in done.err
 
 
+def test_a_federation_of_one_site_without_noise_is_that_site_alone(clinifed, tmp_path):
+    """All the way through FLARE, process and evaluation, the model is the one that plain training gives."""
+    site = {"specialties": ["emergency", "radiology"]}  # three labels in an order that is not the alphabet's
+    config = {
+        **PLAN,
+        "rounds": 3,
+        "min_clients": 1,
+        "max_clients": 1,
+        "privacy": "off",
+        "training": {"learning_rate": 4.0, "local_epochs": 2},
+        "sites": {"alder": site},
+    }
+    path = tmp_path / "federation.yaml"
+    path.write_text(yaml.safe_dump(config))
+    done = clinifed("simulate", path, "--out", tmp_path / "run", "--json")
+    assert done.code == 0, done.err
+    for name, entry in done.json()["metrics"].items():
+        alone = entry["local_only"]["alder"]["balanced_accuracy"]
+        assert entry["federated"]["balanced_accuracy"] == alone, name
+        assert entry["federated"] != entry["zero_shot"], "nothing was learned, so this test shows nothing"
+
+
 @pytest.mark.parametrize(
     ("change", "code", "text"),
     [
