@@ -1,5 +1,6 @@
 """``clinifed simulate``, from the command line to its run directory, in real FLARE processes."""
 
+import functools
 import json
 import signal
 import subprocess
@@ -154,7 +155,8 @@ def test_a_used_run_directory_is_refused(smoke, clinifed):
 def test_a_signal_ends_every_process_and_leaves_nothing_that_looks_whole(tmp_path, sent):
     run = tmp_path / "run"
     asked = command("simulate", CONFIGS / "smoke.yaml", "--out", run)
-    with subprocess.Popen(asked, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+    heard = functools.partial(signal.signal, sent, signal.SIG_DFL)  # a suite in the background ignores Ctrl-C itself
+    with subprocess.Popen(asked, stderr=subprocess.PIPE, text=True, cwd=tmp_path, preexec_fn=heard) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if "starting FLARE" in line:
