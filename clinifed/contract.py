@@ -4,14 +4,16 @@ A site computes its own cost from the contract and refuses what its policy does 
 can widen a policy.
 """
 
+import json
 from hashlib import sha256
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from clinifed.config import Specialty, Training
 from clinifed.errors import ConfigError
 from clinifed.files import canonical_json
+from clinifed.load import validate
 
 __all__ = ["BaseModelRef", "Contract", "ContractSite", "Promise"]
 
@@ -87,10 +89,10 @@ class Contract(_Agreed):
             ConfigError: it is none, or of another version of clinifed.
         """
         try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            found = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False))
-            raise ConfigError(*(f"the job's contract: {problem}" for problem in found)) from None
+            content = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"the job's contract: not valid JSON: {error}") from None
+        return validate(cls, content, "the job's contract")
 
     def sha256(self) -> str:
         """The hash by which a site's policy approves this contract."""

@@ -1,6 +1,7 @@
 """The FLARE Executor of a hospital: task in, update out. The training itself is in a process of its own."""
 
 import time
+from functools import cached_property
 
 import numpy as np
 from nvflare.apis.event_type import EventType
@@ -20,6 +21,7 @@ from safetensors.numpy import save
 from clinifed.contract import Contract
 from clinifed.errors import ClinifedError, FederationError, PrivacyError
 from clinifed.executors.filters import ReleaseFilter, policy_of, to_shareable
+from clinifed.executors.frames import Frame
 from clinifed.executors.process import TrainerGoneError, TrainerProcess
 from clinifed.files import append_line
 from clinifed.messages import Update, job_key
@@ -64,6 +66,11 @@ class SiteExecutor(Executor):
         elif event_type == EventType.END_RUN:
             self._end(fl_ctx)
 
+    @cached_property
+    def _agreed(self) -> Contract:
+        """The contract, read once. Raises ConfigError."""
+        return Contract.read(self.contract)
+
     def _job(self, fl_ctx: FLContext) -> str:
         return job_key(fl_ctx.get_job_id(), self.run)
 
@@ -71,8 +78,7 @@ class SiteExecutor(Executor):
         """The site's policy, and its running trainer."""
         policy = policy_of(fl_ctx)
         if self._trainer is None or not self._trainer.alive:
-            contract = Contract.read(self.contract)
-            self._trainer = TrainerProcess(contract, policy, self._job(fl_ctx), _coordinator(fl_ctx))
+            self._trainer = TrainerProcess(self._agreed, policy, self._job(fl_ctx), _coordinator(fl_ctx))
         return policy, self._trainer
 
     def _end(self, fl_ctx: FLContext) -> None:
@@ -80,7 +86,7 @@ class SiteExecutor(Executor):
         if self._trainer is not None:
             self._trainer.stop()
         try:
-            if Contract.read(self.contract).promise.mode == "dp":
+            if self._agreed.promise.mode == "dp":
                 Ledger.of(policy_of(fl_ctx)).finish(self._job(fl_ctx))
         except ClinifedError as error:
             self.log_error(fl_ctx, f"the reservation was not returned: {error}", fire_event=False)
@@ -124,21 +130,23 @@ class SiteExecutor(Executor):
 
     def _train(self, number: int, delta: bytes, fl_ctx: FLContext, abort_signal: Signal) -> Update:
         """One round in the trainer. If that was killed, a new one goes on from what is on the disk, once."""
-        timeout_s = float(Contract.read(self.contract).round_timeout_s)
-        for last in (False, True):
+
+        def ask() -> tuple[SitePolicy, Frame]:
             policy, trainer = self._start(fl_ctx)
-            try:
-                frame = trainer.train(number, delta, lambda: bool(abort_signal.triggered), timeout_s)
-            except TrainerGoneError as error:
-                if last or abort_signal.triggered:
-                    raise
-                self.log_warning(fl_ctx, f"{error}; starting another", fire_event=False)
-                continue
-            if kind := frame.header.get("failed"):
-                problems = [f"{p} (more in {policy.log})" for p in frame.header["problems"]]
-                raise PrivacyError(*problems) if kind == "policy" else FederationError(*problems)
-            return unpack(frame.body)
-        raise AssertionError("unreachable")
+            timeout_s = float(self._agreed.round_timeout_s)
+            return policy, trainer.train(number, delta, lambda: bool(abort_signal.triggered), timeout_s)
+
+        try:
+            policy, frame = ask()
+        except TrainerGoneError as error:
+            if abort_signal.triggered:
+                raise
+            self.log_warning(fl_ctx, f"{error}; starting another", fire_event=False)
+            policy, frame = ask()
+        if kind := frame.header.get("failed"):
+            problems = [f"{p} (more in {policy.log})" for p in frame.header["problems"]]
+            raise PrivacyError(*problems) if kind == "policy" else FederationError(*problems)
+        return unpack(frame.body)
 
 
 def _coordinator(fl_ctx: FLContext) -> str:

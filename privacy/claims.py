@@ -3,6 +3,7 @@ the head of the ledger that it adds up from. The form is that of NIST SP 800-226
 """
 
 import json
+from functools import cache
 from importlib.resources import files
 from typing import Any, Literal
 
@@ -24,6 +25,12 @@ def claim_schema() -> dict[str, Any]:
     """The JSON Schema of a claim, as shipped with the package."""
     schema: dict[str, Any] = json.loads(files("clinifed.privacy").joinpath(_SCHEMA).read_text(encoding="utf-8"))
     return schema
+
+
+@cache
+def _validator() -> jsonschema.Draft202012Validator:
+    """Made once: claims are checked in every round, at the site and for each update at the server."""
+    return jsonschema.Draft202012Validator(claim_schema())
 
 
 def statement() -> dict[str, Any]:
@@ -84,7 +91,7 @@ def check_claim(claim: Any) -> None:
     Raises:
         PrivacyError: naming what is missing.
     """
-    errors = sorted(jsonschema.Draft202012Validator(claim_schema()).iter_errors(claim), key=lambda e: list(e.path))
+    errors = sorted(_validator().iter_errors(claim), key=lambda e: list(e.path))
     if errors:
         raise PrivacyError(
             *(f"privacy claim: {'.'.join(map(str, e.path)) or 'whole'}: {e.message[:200]}" for e in errors)

@@ -109,14 +109,10 @@ class Ledger:
         Raises:
             LedgerError: it is not of format 1, not this site's, or of another budget.
         """
-        with self.chain.locked() as (view, append):
-            account = self._add_up(view.records)
+        with self._open(checked=False) as (account, append):
             if account.format != 1:
                 raise LedgerError(f"{self.chain.path}: is of format {account.format} already; there is nothing to do")
-            opening = {**self._opening(), "migrated_from": 1}
-            account.add({**opening, "seq": len(view.records) + 1})
-            append(opening)
-            self._added = -1  # replay from the file: the sum above was of a record without its place
+            append({**self._opening(), "migrated_from": 1})
 
     def reserve(self, job: str, units: int, contract: str, **what: Any) -> LedgerState:
         """Set ``units`` aside for ``job``, before a pixel is read. Again for the same job: only what it lacks.
