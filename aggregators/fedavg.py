@@ -1,39 +1,34 @@
-"""Federated averaging: the trunk over all sites, each head over the sites of its specialty."""
+"""Federated averaging: one parameter as the weighted mean over the sites that sent it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
-from clinifed.messages import Parameters, Update
+from clinifed.config import Aggregation
 
-__all__ = ["fedavg"]
+__all__ = ["weighted_mean"]
 
 
-def fedavg(
-    updates: Sequence[Update], weights: Mapping[str, float], shapes: Mapping[str, tuple[int, ...]]
-) -> Parameters:
-    """The weighted mean of the updates, parameter by parameter (McMahan et al., arXiv 1602.05629, on differences).
+def weighted_mean(
+    values: Sequence[NDArray[np.float32]], weights: Sequence[float], settings: Aggregation
+) -> NDArray[np.float64]:
+    """The weighted mean (McMahan et al., arXiv 1602.05629, Algorithm 1, on differences instead of models).
 
     Args:
-        updates: checked updates, at most one per site.
-        weights: site → weight > 0, from the contract.
-        shapes: every shared parameter's shape.
+        values: one array per site, all of one shape, in the order of the sites' names; at least one.
+        weights: one per array, > 0, from the contract.
+        settings: not read.
 
     Returns:
-        name → float32 array for every name of ``shapes``.
+        float64, of the shape of one array.
 
     Guarantees:
-        - A parameter is averaged over exactly the sites that sent it; its weights are normalised over these.
-        - A parameter nobody sent changes by zero.
-        - The result does not depend on the order of arrival: sites are summed in sorted order, in float64.
+        - The weights are normalised over the arrays given: sites that are missing pull nothing towards zero.
+        - Equal arrays average to themselves, to the last bit of float32.
     """
-    mean: Parameters = {}
-    for name, shape in shapes.items():
-        senders = sorted((u for u in updates if name in u.params), key=lambda u: u.site)
-        total = np.zeros(shape, dtype=np.float64)
-        for update in senders:
-            total += weights[update.site] * update.params[name].astype(np.float64)
-        if senders:
-            total /= sum(weights[u.site] for u in senders)
-        mean[name] = total.astype(np.float32)
-    return mean
+    total = np.zeros(values[0].shape, dtype=np.float64)
+    for value, weight in zip(values, weights, strict=True):  # a sum, not a stack: one array of float64 at a time
+        total += weight * value.astype(np.float64)
+    total /= sum(weights)
+    return total

@@ -1,4 +1,4 @@
-"""The server side in FLARE: controller, aggregator and safetensors persistor. The only file here that imports nvflare.
+"""The FLARE controller: rounds with a quorum and a deadline, whose state outlives the job.
 
 The server holds the shared parameters as the difference from the zero-shot start, so it needs no model, no tower and
 no prompts; it starts at zero.
@@ -6,203 +6,268 @@ no prompts; it starts at zero.
 
 import time
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from nvflare.apis.fl_constant import ReturnCode
+from nvflare.apis.client import Client
+from nvflare.apis.controller_spec import ClientTask, Task, TaskCompletionStatus
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_constant import FLContextKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
-from nvflare.app_common.abstract.model import ModelLearnable, ModelLearnableKey, make_model_learnable
-from nvflare.app_common.abstract.model_persistor import ModelPersistor
-from nvflare.app_common.aggregators.model_aggregator import ModelAggregator
-from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.workflows.model_controller import ModelController
-from safetensors.numpy import load_file, save
+from nvflare.widgets.info_collector import InfoCollector
 
-from clinifed.aggregators import RULES
-from clinifed.aggregators.ingress import check_update
+from clinifed.aggregators.handshake import disagreements
+from clinifed.aggregators.run_state import SERVER_FOLDER, RunState
+from clinifed.aggregators.specialty import SpecialtyAggregator
+from clinifed.aggregators.tracking import EVENTS_FILE, EventLog, track
 from clinifed.contract import Contract
-from clinifed.errors import UpdateError
-from clinifed.files import append_line, write_atomic
-from clinifed.messages import Update, job_key
+from clinifed.errors import ClinifedError, UpdateError
+from clinifed.messages import TASK_FINISH, TASK_HANDSHAKE, update_norm
 
-__all__ = [
-    "GLOBAL_FILE",
-    "ROUNDS_FILE",
-    "SERVER_FOLDER",
-    "FederatedRounds",
-    "SafetensorsPersistor",
-    "SpecialtyAggregator",
-]
+__all__ = ["FederatedRounds"]
 
-SERVER_FOLDER = "clinifed"  # beneath the job's run folder on the server
-GLOBAL_FILE = "global.safetensors"
-ROUNDS_FILE = "rounds.jsonl"
-
-
-class SafetensorsPersistor(ModelPersistor):
-    """Keeps the global delta as safetensors; starts at zero.
-
-    Args:
-        contract: the federation's contract, :meth:`clinifed.contract.Contract.text`.
-    """
-
-    def __init__(self, contract: str) -> None:
-        super().__init__()
-        self.contract = contract
-
-    def _path(self, fl_ctx: FLContext) -> Path:
-        run = Path(fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id()))
-        folder = run / SERVER_FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / GLOBAL_FILE
-
-    def load_model(self, fl_ctx: FLContext) -> ModelLearnable:
-        """The delta of an earlier round of this job, or zeros of the contract's shapes."""
-        path = self._path(fl_ctx)
-        if path.is_file():
-            weights = load_file(path)
-        else:
-            shapes = Contract.read(self.contract).shapes
-            weights = {name: np.zeros(shape, dtype=np.float32) for name, shape in shapes.items()}
-        return make_model_learnable(weights=weights, meta_props={})
-
-    def save_model(self, model: ModelLearnable, fl_ctx: FLContext) -> None:
-        """Write the delta atomically; a killed server leaves the round before."""
-        weights = {k: np.ascontiguousarray(v) for k, v in sorted(model[ModelLearnableKey.WEIGHTS].items())}
-        write_atomic(self._path(fl_ctx), save(weights))
-
-
-class SpecialtyAggregator(ModelAggregator):
-    """Checks every update whole, then averages by specialty under the contract's rule.
-
-    Guarantees:
-        - A refused update leaves no trace in the aggregate.
-    """
-
-    def __init__(self, contract: str) -> None:
-        super().__init__()
-        self.contract = contract
-        self._agreed = Contract.read(contract)
-        self.job = ""  # set by the controller, which knows it
-        self.round = 0
-        self.nonces: set[str] = set()  # of everything accepted in this job
-        self.accepted: dict[str, Update] = {}
-        self.refused: dict[str, str] = {}
-
-    def reset_stats(self) -> None:
-        """Forget the updates of the round before."""
-        self.accepted, self.refused = {}, {}
-
-    def accept_model(self, model: FLModel) -> None:
-        """Stage one update, or refuse it with a named reason; never raises."""
-        site = str(model.meta.get("client_name"))
-        try:
-            if model.params_type != ParamsType.DIFF:
-                raise UpdateError("not_diff", f"{site} sent {model.params_type}, not a DIFF")
-            # `client_name` and `props` are added by the server's own FLARE, `current_round` is checked as a field.
-            meta = {k: v for k, v in model.meta.items() if k not in ("client_name", "props", "current_round")}
-            update = Update(site, model.current_round, dict(model.params or {}), meta)
-            check_update(update, self._agreed, self.round, site in self.accepted, self.job, self.nonces)
-        except UpdateError as error:
-            self.refused[site] = error.reason
-            self.warning(f"update refused ({error.reason}): {error}")
-            return
-        self.accepted[site] = update
-        self.nonces.add(update.meta["nonce"])
-
-    def aggregate_model(self) -> FLModel:
-        """The change of the global model in this round, as a DIFF."""
-        weights = {name: site.weight for name, site in self._agreed.sites.items()}
-        params = RULES[self._agreed.rule](list(self.accepted.values()), weights, self._agreed.shapes)
-        return FLModel(params_type=ParamsType.DIFF, params=params, current_round=self.round)
+_FINISH_S = 60  # for sites to hear that the run is over; one that does not frees its reservation when it expires
+_TOLD_ROUNDS = 20  # of the last ones, to whoever asks for the job's stats
 
 
 class FederatedRounds(ModelController):
-    """Rounds with a deadline and a quorum of good updates.
+    """Rounds with a deadline and a quorum of good updates; each is durable before the next begins.
 
     Args:
         contract: the federation's contract, :meth:`clinifed.contract.Contract.text`.
-        run: names this job besides FLARE's own name of it.
+        run: the run's name. A job goes on where the run's state on this server ends.
+        until: this job does the rounds before this one; a run may be a chain of jobs.
         aggregator: the :class:`SpecialtyAggregator` of the same contract.
 
     Guarantees:
         - A round with fewer good updates than the quorum changes nothing.
         - A round ends at its deadline, whoever is missing.
+        - No round is applied twice, and a killed server loses at most the round it was in.
+        - A site that holds another version, base model or contract takes no part.
     """
 
-    def __init__(self, contract: str, run: str, aggregator: SpecialtyAggregator) -> None:
-        # A site that fails costs the round that site, not the job: we count good updates ourselves.
-        super().__init__(
-            persistor_id=AppConstants.DEFAULT_PERSISTOR_ID, ignore_result_error=True, task_check_period=0.1
-        )
+    def __init__(self, contract: str, run: str, until: int, aggregator: SpecialtyAggregator) -> None:
+        # A site that fails costs the round that site, not the job: we count good updates ourselves. No persistor:
+        # the run's state is the one authority, and it must outlive the job.
+        super().__init__(persistor_id="", ignore_result_error=True, task_check_period=0.1)
         self.contract = contract
         self._run = run  # under this name FLARE's job exporter finds it; `run` is the method below
+        self.until = until
         self.aggregator = aggregator
+        self._agreed = Contract.read(contract)
+        self._state: RunState | None = None
+        self._told: EventLog | None = None
+        self._outside: dict[str, str] = {}  # site → why it takes no part in this job
+        self._agreeing: set[str] = set()
+
+    def run(self) -> None:
+        """The rounds of this job, from where the run's state ends."""
+        root = Path(self.engine.get_workspace().get_root_dir())
+        try:
+            self._state = state = RunState(root / SERVER_FOLDER / self._run, self._run, self._agreed)
+        except ClinifedError as error:
+            self.panic(str(error))
+            return
+        self._told = self.aggregator.told = EventLog(state.folder / EVENTS_FILE)
+        self.aggregator.job, self.aggregator.nonces = self._run, state.nonces()
+        self.aggregator.memory = state.memory
+        self._told("job_started", job=self.fl_ctx.get_job_id(), next_round=state.next_round, until=self.until)
+        # What a job leaves in its run folder is what FLARE brings to the coordinator, finished or not.
+        published = Path(self.get_run_dir()) / SERVER_FOLDER
+        try:
+            if not state.complete:
+                self._rounds(state)
+            if state.complete and not self.abort_signal.triggered:
+                self._say(TASK_FINISH, _FINISH_S)
+                self._told("run_finished", counted=state.counted)
+                if not state.counted:
+                    self.panic("no round had enough good updates; the model is unchanged")
+        finally:
+            state.publish(published)
+            self._told("job_ended", job=self.fl_ctx.get_job_id(), next_round=state.next_round)
+
+    def _rounds(self, state: RunState) -> None:
+        contract = self._agreed
+        self._say(TASK_HANDSHAKE, contract.aggregation.start_timeout_s, self._hear)
+        for site in sorted(set(contract.sites) - self._agreeing):
+            self._outside.setdefault(site, "away")
+        if len(self._agreeing) < contract.min_clients:
+            if not self.abort_signal.triggered:
+                self.panic(
+                    f"{len(self._agreeing)} sites are ready, min_clients is {contract.min_clients}; "
+                    f"not with us: {self._outside}"
+                )
+            return
+        while state.next_round < min(self.until, contract.rounds) and not self.abort_signal.triggered:
+            sites = self._wait_for_quorum()
+            if self.abort_signal.triggered:
+                return
+            if len(sites) < contract.aggregation.quorum:
+                self.panic(
+                    f"round {state.next_round}: only {sites} are connected, the quorum is "
+                    f"{contract.aggregation.quorum}; the run goes on with its next job"
+                )
+                return
+            self._round(state, sites)
+
+    def _connected(self) -> list[str]:
+        """The agreeing sites that FLARE does not hold for dead."""
+        return sorted(s for s in self._agreeing if not self.get_client_disconnect_time(s))
+
+    def _wait_for_quorum(self) -> list[str]:
+        """Sites for the next round: no round is begun, and nobody's budget spent, that cannot count."""
+        deadline = time.monotonic() + self._agreed.aggregation.round_timeout_s
+        while len(sites := self._connected()) < self._agreed.aggregation.quorum:
+            if self.abort_signal.triggered or time.monotonic() > deadline:
+                break
+            time.sleep(self._task_check_period)
+        return sites
+
+    def _round(self, state: RunState, sites: list[str]) -> None:
+        """One round: ask, wait, check, average, commit."""
+        assert self._told is not None
+        settings, number, started = self._agreed.aggregation, state.next_round, time.time()
+        self.aggregator.reset_stats()
+        self.aggregator.round = number
+        self._told("round_opened", round=number, sites=sites)
+        model = FLModel(
+            params_type=ParamsType.FULL,
+            params=dict(state.delta),
+            current_round=number,
+            total_rounds=self._agreed.rounds,
+        )
+        self.broadcast_model(
+            data=model,
+            targets=sites,
+            timeout=settings.round_timeout_s,
+            blocking=False,
+            callback=self.aggregator.accept_model,
+        )
+        enough: float | None = None
+        while self.get_num_standing_tasks():
+            if self.abort_signal.triggered:
+                return
+            # FLARE counts error results as responses; we close early on good ones only.
+            if enough is None and len(self.aggregator.accepted) >= settings.quorum:
+                enough = time.monotonic()
+            if None not in (enough, settings.grace_s) and time.monotonic() - (enough or 0) >= (settings.grace_s or 0):
+                self.cancel_all_tasks(completion_status=TaskCompletionStatus.OK)
+            time.sleep(self._task_check_period)
+        good = sorted(self.aggregator.accepted)
+        counted = len(good) >= settings.quorum
+        delta, memory = state.delta, state.memory
+        if counted:
+            try:
+                change = self.aggregator.aggregate_model().params
+                delta = {name: value + change[name] for name, value in state.delta.items()}
+                memory = self.aggregator.memory
+            except UpdateError as error:  # each update was good; what the server's optimiser made of them is not
+                counted = False
+                self.aggregator.memory = state.memory
+                self._told("not_applied", round=number, reason=error.reason)
+                self.error(f"round {number}: not applied ({error.reason}): {error}")
+        else:
+            self.warning(f"round {number}: {len(good)} good updates, the quorum is {settings.quorum}; model unchanged")
+        missing = {s: self.aggregator.refused.get(s, "deadline") for s in sites if s not in good}
+        missing |= {s: self._outside.get(s, "away") for s in self._agreed.sites if s not in sites}
+        metas = {s: self.aggregator.accepted[s].meta for s in good}
+        seconds = round(time.time() - started, 3)
+        state.commit(
+            number,
+            delta,
+            memory,
+            {
+                "round": number,
+                "counted": counted,
+                "accepted": good,
+                "missing": missing,
+                "job": self._run,
+                "nonces": {s: meta["nonce"] for s, meta in metas.items()},
+                "claims": {s: meta["claim"] for s, meta in metas.items()},
+                "declared": {s: meta["declared"] for s, meta in metas.items() if "declared" in meta},
+                "seconds": seconds,
+            },
+        )
+        self._told("round_closed", round=number, counted=counted, accepted=good, missing=missing, seconds=seconds)
+        figures = {"accepted": len(good), "seconds": seconds, "global_norm": update_norm(delta)}
+        for site, meta in metas.items():  # of a site's own figures, those that its policy declares
+            loss = meta.get("declared", {}).get("train_loss")
+            figures |= {} if loss is None else {f"train_loss/{site}": loss}
+        track(self, figures, number, self.fl_ctx)
+
+    def _say(self, name: str, timeout_s: int, heard: Any = None) -> None:
+        """Send a task of ours to every site of the contract that is in this job, and wait for the answers."""
+        present = {client.name for client in self.engine.get_clients()}
+        targets = sorted(present & set(self._agreed.sites))
+        if not targets:
+            return
+        task = Task(name, data=Shareable(), timeout=timeout_s, result_received_cb=heard or _ignore)
+        self.broadcast(task, self.fl_ctx, targets=targets, min_responses=0)
+        while self.get_num_standing_tasks() and not self.abort_signal.triggered:
+            time.sleep(self._task_check_period)
+
+    def _hear(self, client_task: ClientTask, fl_ctx: FLContext) -> None:
+        """One site's answer to the handshake."""
+        assert self._told is not None
+        site, result = client_task.client.name, client_task.result
+        code = result.get_return_code()
+        if code != ReturnCode.OK:
+            reason, why = _failure(code), ""
+        else:
+            reason, why = disagreements(result.get(TASK_HANDSHAKE), self._agreed)
+        if reason:
+            self._outside[site] = reason
+            self._told("site_refused", site=site, reason=reason, why=why)
+            self.warning(f"{site} takes no part in this job ({reason}) {why}")
+        else:
+            self._agreeing.add(site)
+            self._told("site_ready", site=site)
+        client_task.result = None
 
     def _accept_train_result(
         self, client_name: str, result: Shareable, fl_ctx: FLContext, is_unknown_task: bool = False
     ) -> bool:
         """Note why a site sent no update; a refusal by policy says "policy" and no more."""
-        if not is_unknown_task and result is not None:
-            code = result.get_return_code()
-            if code != ReturnCode.OK:
-                self.aggregator.refused[client_name] = "policy" if code == ReturnCode.TASK_UNSUPPORTED else "failed"
+        if not is_unknown_task and result is not None and result.get_return_code() != ReturnCode.OK:
+            self.aggregator.refuse(client_name, _failure(result.get_return_code()))
         accepted: bool = super()._accept_train_result(client_name, result, fl_ctx, is_unknown_task)
         return accepted
 
-    def run(self) -> None:
-        """The whole federation, round by round."""
-        contract = Contract.read(self.contract)
-        diary = Path(self.get_run_dir()) / SERVER_FOLDER / ROUNDS_FILE
-        model = self.load_model()
-        self.aggregator.job = job_key(self.fl_ctx.get_job_id(), self._run)
-        lost = 0
-        for number in range(contract.rounds):
-            sites = sorted(set(self.sample_clients()) & set(contract.sites))
-            if len(sites) < contract.min_clients:
-                self.panic(f"{len(sites)} sites are connected, min_clients is {contract.min_clients}")
-                return
-            started = time.time()
-            model.current_round, model.total_rounds = number, contract.rounds
-            self.aggregator.reset_stats()
-            self.aggregator.round = number
-            self.broadcast_model(
-                data=model,
-                targets=sites,
-                timeout=contract.round_timeout_s,
-                blocking=False,
-                callback=self.aggregator.accept_model,
-            )
-            while self.get_num_standing_tasks():
-                if self.abort_signal.triggered:
-                    return
-                time.sleep(self._task_check_period)
-            good = sorted(self.aggregator.accepted)
-            counted = len(good) >= contract.min_updates
-            if counted:
-                change = self.aggregator.aggregate_model().params
-                model.params = {name: value + change[name] for name, value in model.params.items()}
-                self.save_model(model)
-            else:
-                lost += 1
-                self.warning(
-                    f"round {number}: {len(good)} good updates, {contract.min_updates} needed; model unchanged"
-                )
-            reasons = {s: self.aggregator.refused.get(s, "deadline") for s in sites if s not in good}
-            metas = {s: self.aggregator.accepted[s].meta for s in good}
-            append_line(
-                diary,
-                {
-                    "round": number,
-                    "counted": counted,
-                    "accepted": good,
-                    "missing": reasons,
-                    "job": self.aggregator.job,
-                    "claims": {s: meta["claim"] for s, meta in metas.items()},
-                    "declared": {s: meta["declared"] for s, meta in metas.items() if "declared" in meta},
-                    "seconds": round(time.time() - started, 3),
-                },
-            )
-        if lost == contract.rounds:
-            self.panic("no round had enough good updates; the model is unchanged")
+    def process_result_of_unknown_task(
+        self, client: Client, task_name: str, client_task_id: str, result: Shareable, fl_ctx: FLContext
+    ) -> None:
+        """A late update: logged and dropped; the site's charge for it stands."""
+        self.warning(f"a late result of {client.name} for {task_name} was dropped")
+        if self._told is not None:
+            self._told("late", site=client.name, task=task_name)
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        """Note sites that are lost or back, and tell whoever asks FLARE for the job's stats how far the run is."""
+        super().handle_event(event_type, fl_ctx)
+        if event_type == InfoCollector.EVENT_TYPE_GET_STATS:
+            collector = fl_ctx.get_prop(InfoCollector.CTX_KEY_STATS_COLLECTOR)
+            if collector is not None and self._state is not None:
+                collector.add_info(group_name=SERVER_FOLDER, info=self._stats(self._state))
+        elif event_type == EventType.CLIENT_DISCONNECTED and self._told is not None:
+            self._told("site_lost", site=fl_ctx.get_prop(FLContextKey.DISCONNECTED_CLIENT_NAME))
+        elif event_type == EventType.CLIENT_RECONNECTED and self._told is not None:
+            self._told("site_back", site=fl_ctx.get_prop(FLContextKey.RECONNECTED_CLIENT_NAME))
+
+    def _stats(self, state: RunState) -> dict[str, Any]:
+        keys = ("round", "counted", "accepted", "missing", "seconds")
+        return {
+            "run": self._run,
+            "next_round": state.next_round,
+            "rounds": self._agreed.rounds,
+            "last": [{key: entry[key] for key in keys} for entry in state.rounds[-_TOLD_ROUNDS:]],
+        }
+
+
+def _failure(code: str) -> str:
+    return "policy" if code == ReturnCode.TASK_UNSUPPORTED else "failed"
+
+
+def _ignore(client_task: ClientTask, fl_ctx: FLContext) -> None:
+    client_task.result = None

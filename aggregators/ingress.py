@@ -7,7 +7,7 @@ import numpy as np
 
 from clinifed.contract import Contract
 from clinifed.errors import UpdateError
-from clinifed.messages import DECLARABLE, META_KEYS, SIGNED, Update, allowed_names, release_sha256
+from clinifed.messages import DECLARABLE, META_KEYS, SIGNED, Update, allowed_names, release_sha256, update_norm
 from clinifed.privacy.claims import disagreements
 from clinifed.privacy.signing import verify
 
@@ -27,14 +27,14 @@ def check_update(
 
     Guarantees:
         - Accepted updates hold the trunk and the heads of the site's own specialties, no more and no less.
-        - Accepted arrays are float32, finite and of the contract's shape.
+        - Accepted arrays are float32, finite and of the contract's shape, together within the contract's norm bound.
         - One update per site and round, for the current round and this contract.
         - A site whose key the contract names is taken at its signature only.
         - A claim that is incomplete, or not of this contract, is refused.
 
     Raises:
         UpdateError: ``reason`` is one of unknown_site, wrong_round, duplicate, wrong_job, replayed, wrong_contract,
-            wrong_claim, wrong_meta, wrong_signature, wrong_names, wrong_dtype, wrong_shape, not_finite.
+            wrong_claim, wrong_meta, wrong_signature, wrong_names, wrong_dtype, wrong_shape, not_finite, too_long.
     """
     site, name = contract.sites.get(update.site), update.site
     if site is None:
@@ -58,6 +58,10 @@ def check_update(
             raise UpdateError("wrong_shape", f"{name}: {key} is {value.shape}, not {contract.shapes[key]}")
         if not np.isfinite(value).all():
             raise UpdateError("not_finite", f"{name}: {key} holds NaN or infinity")
+    if (norm := update_norm(update.params)) > site.norm_bound:
+        raise UpdateError(
+            "too_long", f"{name}: the update's L2 norm is {norm:.6g}, the contract's bound {site.norm_bound:.6g}"
+        )
     public = site.public_key
     if public and not verify(public, SIGNED, release_sha256(update), str(update.meta.get("signature"))):
         raise UpdateError("wrong_signature", f"{name}: not signed by the key that the contract names")

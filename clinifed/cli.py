@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clinifed import __version__
+from clinifed.cli_federation import add_federation_verbs, spelled_out
 from clinifed.cli_privacy import add_privacy_verbs
 from clinifed.errors import ClinifedError
 
@@ -225,6 +226,8 @@ def build_parser() -> argparse.ArgumentParser:
     job.add_argument("--out", type=Path, required=True, help="folder to write the job into")
     job.add_argument("--workspace", type=Path, help="also prepare data and a workspace for `nvflare simulator`")
 
+    add_federation_verbs(verbs, verb)
+
     privacy_parser = verbs.add_parser("privacy", help="plan, lint, audit, and the budget ledger")
     add_privacy_verbs(privacy_parser.add_subparsers(title="verbs", required=True, metavar="VERB"), verb)
 
@@ -269,7 +272,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; exits with the code of the error that ended it."""
-    args = build_parser().parse_args(argv)
+    args = build_parser().parse_args(spelled_out(sys.argv[1:] if argv is None else argv))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stopped service ends what it started, as Ctrl-C does
     logging.basicConfig(
         level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"

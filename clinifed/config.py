@@ -16,6 +16,7 @@ __all__ = [
     "SEPARATOR",
     "Aggregation",
     "Data",
+    "Deployment",
     "Export",
     "Federation",
     "FolderIndex",
@@ -112,10 +113,30 @@ class Privacy(_Settings):
 class Aggregation(_Settings):
     """What the server does with the updates of a round."""
 
+    quorum: int = Field(ge=1)  # good updates that a round needs to count: k of n
+    round_timeout_s: int = Field(ge=5, le=7 * 86_400)  # the deadline: a round closes then, with what has come
+    grace_s: int | None = Field(None, ge=0)  # so long the round waits on, once it has its quorum; default: the deadline
+    start_timeout_s: int = Field(3600, ge=5, le=7 * 86_400)  # for the handshake: sites load model and images then
     rule: str = "fedavg"  # a key of clinifed.aggregators.RULES
     weights: Literal["equal", "nominal_patients"] = "equal"  # public numbers only, never a site's true counts
-    min_updates: int | None = Field(None, ge=1)  # a round with fewer changes nothing; default: min_clients
-    round_timeout_s: int = Field(1800, ge=5)  # a round closes then, with what has come
+    min_sites_per_head: int = Field(1, ge=1)  # a head that fewer sites sent keeps its value
+    norm_bound: float | None = Field(None, gt=0)  # of an update; default under DP: from the mechanism, for each site
+    server_learning_rate: float = Field(1.0, gt=0)  # of fedavgm and fedadam
+    momentum: float = Field(0.9, ge=0, lt=1)  # of fedavgm; beta 1 of fedadam
+    second_momentum: float = Field(0.99, ge=0, lt=1)  # beta 2 of fedadam
+    adaptivity: float = Field(1e-3, gt=0)  # tau of fedadam
+    trim: float = Field(0.2, gt=0, lt=0.5)  # of trimmed-mean: the share of sites cut at each end
+
+
+class Deployment(_Settings):
+    """Where the server of a provisioned federation is, and who submits."""
+
+    host: str = "localhost"  # the server's DNS name, which its certificate states
+    port: int = Field(8002, ge=1, le=65_535)
+    admin_port: int = Field(8003, ge=1, le=65_535)
+    organization: str = Field("consortium", pattern=r"^[A-Za-z0-9_]{1,64}$")
+    coordinator: str = Field("coordinator@consortium.org", pattern=r"^[^@\s]+@[^@\s]+\.[^@\s]+$")  # a FLARE admin
+    rounds_per_job: int = Field(10, ge=1)  # a run is a chain of FLARE jobs: a site that was away joins the next one
 
 
 class Synthesize(_Settings):
@@ -189,11 +210,12 @@ class Federation(_Settings):
     model: Model = Model()
     training: Training = Training()
     privacy: Privacy = Privacy()
-    aggregation: Aggregation = Aggregation()
+    aggregation: Aggregation
     data: Data = Data()
     specialties: dict[Name, Specialty] = Field(default_factory=dict)  # new ones, or other prompts
     sites: dict[SiteName, Site] = Field(min_length=1)
     export: Export = Export()
+    deployment: Deployment = Deployment()
 
     @field_validator("privacy", mode="before")
     @classmethod
@@ -213,16 +235,19 @@ class Federation(_Settings):
                 f"sites: {len(self.sites)} sites, but min_clients is {self.min_clients} and max_clients is "
                 f"{self.max_clients}; add or remove sites, or change the limits"
             )
-        if self.aggregation.min_updates is not None and self.aggregation.min_updates > len(self.sites):
+        if self.aggregation.quorum > self.min_clients:
             problems.append(
-                f"aggregation.min_updates ({self.aggregation.min_updates}) is more than there are sites "
-                f"({len(self.sites)}): no round could ever count"
+                f"aggregation.quorum ({self.aggregation.quorum}) is more than min_clients ({self.min_clients}): a job "
+                "could start with sites whose rounds never count; lower it"
+            )
+        if self.privacy.mode == "off" and self.aggregation.norm_bound is None:
+            problems.append(
+                "aggregation.norm_bound: missing; with privacy off no mechanism bounds an update, so the bound is "
+                "yours to give"
             )
         for name, site in self.sites.items():
             if site.manifest and site.index:
                 problems.append(f"sites.{name}: give either manifest or index, not both")
-            if not (site.manifest or site.index or self.data.synthesize):
-                problems.append(f"sites.{name}: no data; give manifest, index, or data.synthesize for all sites")
             if site.nominal_patients is None and not self.data.synthesize and self.privacy.mode == "dp":
                 problems.append(
                     f"sites.{name}.nominal_patients: missing; under differential privacy the denominator is this "
@@ -234,7 +259,8 @@ class Federation(_Settings):
                     f"privacy: off is for public or synthetic data, but sites.{name}.data_class is 'hospital'; "
                     "switch privacy on"
                 )
-            if self.privacy.mode == "dp" and data_class == "hospital" and site.ledger is None:
+            at_hand = site.manifest or site.index  # else the data, and its ledger, are at the hospital
+            if self.privacy.mode == "dp" and data_class == "hospital" and at_hand and site.ledger is None:
                 problems.append(
                     f"sites.{name}.ledger: missing; a hospital's budget must outlive this run: give "
                     "a path outside of it (or mark the data, truthfully, as data_class: public or synthetic)"
@@ -251,7 +277,3 @@ class Federation(_Settings):
         if configured is not None or self.data.synthesize is None:
             return configured or 1
         return self.data.synthesize.patients_per_specialty * len(self.sites[site].specialties)
-
-    def min_updates(self) -> int:
-        """How many good updates a round needs to change the model."""
-        return self.aggregation.min_updates or self.min_clients

@@ -8,9 +8,9 @@ import json
 from hashlib import sha256
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from clinifed.config import Specialty, Training
+from clinifed.config import Aggregation, Specialty, Training
 from clinifed.errors import ConfigError
 from clinifed.files import canonical_json
 from clinifed.load import validate
@@ -51,27 +51,35 @@ class ContractSite(_Agreed):
     specialties: tuple[str, ...]
     nominal_patients: int = Field(ge=1)  # N₀
     weight: float = Field(gt=0)  # in the average; from the contract, never from an update
+    norm_bound: float = Field(gt=0, allow_inf_nan=False)  # of an update, L2 over all it sends; honest sites project
     public_key: str | None = None  # Ed25519, hexadecimal: whose signature this site's updates carry
 
 
 class Contract(_Agreed):
     """The agreement of one federation job."""
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     federation: str
     clinifed_version: str
     base_model: BaseModelRef
     specialties: dict[str, Specialty]
     training: Training
+    aggregation: Aggregation
     promise: Promise
     rounds: int = Field(ge=1)
-    min_clients: int
+    min_clients: int = Field(ge=1)  # without so many, no job starts
     max_clients: int
-    min_updates: int
-    round_timeout_s: int
-    rule: str
     sites: dict[str, ContractSite]
     shapes: dict[str, tuple[int, ...]]  # every shared parameter, float32
+
+    @model_validator(mode="after")
+    def _limits(self) -> Self:
+        if not self.aggregation.quorum <= self.min_clients <= len(self.sites) <= self.max_clients:
+            raise ValueError(
+                f"quorum ({self.aggregation.quorum}) <= min_clients ({self.min_clients}) <= sites ({len(self.sites)}) "
+                f"<= max_clients ({self.max_clients}) does not hold"
+            )
+        return self
 
     def text(self) -> str:
         """The contract as one line of canonical JSON, in which it travels.

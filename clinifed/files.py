@@ -6,7 +6,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-__all__ = ["append_line", "canonical_json", "file_sha256", "read_lines", "write_atomic", "write_json"]
+__all__ = ["append_line", "canonical_json", "file_sha256", "read_lines", "sha256_of", "write_atomic", "write_json"]
 
 OWNER_ONLY = 0o600
 
@@ -14,6 +14,11 @@ OWNER_ONLY = 0o600
 def canonical_json(content: Any) -> bytes:
     """The one JSON text of ``content`` (sorted keys, no blanks, finite numbers), so that equal means equal bytes."""
     return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def sha256_of(content: bytes) -> str:
+    """SHA-256 of ``content``, hexadecimal."""
+    return sha256(content).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
@@ -55,11 +60,18 @@ def write_json(path: Path, content: Any, mode: int = 0o644) -> None:
     write_atomic(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode(), mode)
 
 
-def append_line(path: Path, content: Any, mode: int = OWNER_ONLY) -> None:
-    """Append one JSON line; a reader that follows the file sees whole lines only after their newline."""
+def append_line(path: Path, content: Any, mode: int = OWNER_ONLY, *, durable: bool = False) -> None:
+    """Append one JSON line; a reader that follows the file sees whole lines only after their newline.
+
+    Args:
+        durable: return only when the line is on the disk.
+    """
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, mode)
     with os.fdopen(handle, "wb") as file:
         file.write(canonical_json(content) + b"\n")
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

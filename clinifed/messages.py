@@ -1,5 +1,6 @@
 """What may leave a site: named arrays, and a short list of metadata keys. Executor and server meet only here."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -15,21 +16,28 @@ __all__ = [
     "HEADS",
     "META_KEYS",
     "SIGNED",
+    "TASK_FINISH",
+    "TASK_HANDSHAKE",
     "TRUNK",
     "Declarable",
     "Parameters",
     "Update",
     "allowed_names",
     "head_name",
-    "job_key",
+    "projected",
     "release_sha256",
     "specialty_of",
+    "update_norm",
 ]
 
 Parameters = dict[str, NDArray[np.float32]]
 
 TRUNK = "trunk."
 HEADS = "heads."
+
+# FLARE tasks of ours, beside FLARE's own "train".
+TASK_HANDSHAKE: Final = "clinifed_handshake"  # before a job's first round: who holds what
+TASK_FINISH: Final = "clinifed_finish"  # the run is over: what is left of its reservation returns to the budget
 
 # The only metadata an update carries; everything else that FLARE adds is FLARE's own.
 META_KEYS: Final = ("job", "nonce", "claim", "ledger_head", "signature", "declared")
@@ -50,15 +58,6 @@ class Update:
     round: int
     params: Parameters  # name → float32 array, same shape as the global parameter
     meta: Mapping[str, Any] = field(default_factory=dict)  # keys: META_KEYS
-
-
-def job_key(flare_job: str, run: str) -> str:
-    """The name of a job in ledgers and updates.
-
-    FLARE's simulator calls every job ``simulate_job``, and one exported job may be submitted twice: the two together
-    are unique.
-    """
-    return f"{flare_job}.{run}"
 
 
 def release_sha256(update: Update) -> str:
@@ -91,3 +90,24 @@ def allowed_names(names: Iterable[str], specialties: Iterable[str]) -> set[str]:
     """The parameters a site of these specialties sends: the trunk, and the heads of its own specialties."""
     mine = set(specialties)
     return {n for n in names if n.startswith(TRUNK) or specialty_of(n) in mine}
+
+
+def update_norm(params: Parameters) -> float:
+    """L2 norm over all arrays of an update together, in float64; NaN or infinity where an array holds it."""
+    return math.sqrt(sum(float(np.square(params[name], dtype=np.float64).sum()) for name in sorted(params)))
+
+
+def projected(params: Parameters, bound: float) -> Parameters:
+    """``params`` on the ball of radius ``bound``: as they are within it, scaled onto it outside.
+
+    Scaling what is noised already is post-processing: it costs no epsilon.
+
+    Guarantees:
+        - The norm of what is returned is at most ``bound``.
+    """
+    norm, scaled = update_norm(params), params
+    while norm > bound:  # once, but for the last bit that rounding to float32 may add
+        factor = np.float32(bound / norm * (1 - 1e-6))
+        scaled = {name: value * factor for name, value in scaled.items()}
+        norm = update_norm(scaled)
+    return scaled

@@ -38,39 +38,56 @@ def _failure(error: Exception) -> dict[str, Any]:
 
 
 def _serve(frames: "queue.Queue[Frame]", sink: BinaryIO) -> None:
-    """Prepare for the job of the first frame, then train one round for each further frame."""
+    """Prepare for the job of the first frame, then answer each further frame: a handshake, or a round."""
     first = frames.get().header
-    trainer: Any = None
+    site: Any = None
     while True:
         frame = frames.get()
         try:
-            if trainer is None:
-                trainer = _trainer(first)
-            from safetensors.torch import load
-
-            from clinifed.privacy.outbox import pack
-
-            update = trainer.train(int(frame.header["round"]), load(frame.body))
+            if site is None:
+                site = _Site(first)
+            header, body = site.answer(frame)
         except Exception as error:
-            log.warning("a round failed", exc_info=not isinstance(error, ClinifedError))
+            log.warning("a task failed", exc_info=not isinstance(error, ClinifedError))
             write_frame(sink.write, _failure(error))
         else:
-            write_frame(sink.write, {"round": update.round}, pack(update))
+            write_frame(sink.write, header, body)
         sink.flush()
 
 
-def _trainer(first: dict[str, Any]) -> Any:
-    """The trainer of this job; what it needs is heavy, and imported only now."""
-    import torch
+class _Site:
+    """This site in one job; what it needs is heavy, and imported only now."""
 
-    from clinifed.contract import Contract
-    from clinifed.executors.trainer import SiteTrainer
-    from clinifed.policy import SitePolicy
+    def __init__(self, first: dict[str, Any]) -> None:
+        import torch
 
-    torch.set_num_threads(1)  # simulated sites share the cores, and the steps are small
-    contract = Contract.model_validate(first["contract"])
-    policy = SitePolicy.model_validate(first["policy"])
-    return SiteTrainer(contract, policy, first["job"], first["coordinator"])
+        from clinifed.contract import Contract
+        from clinifed.models.backbone import load_backbone
+        from clinifed.policy import SitePolicy
+
+        torch.set_num_threads(1)  # simulated sites share the cores, and the steps are small
+        self.contract = Contract.model_validate(first["contract"])
+        self.policy = SitePolicy.model_validate(first["policy"])
+        self.job, self.coordinator = first["job"], first["coordinator"]
+        self.backbone = load_backbone(self.policy.model_ref or self.contract.base_model.ref)
+        self.trainer: Any = None
+
+    def answer(self, frame: Frame) -> tuple[dict[str, Any], bytes]:
+        """Header and body of the answer to one frame."""
+        from safetensors.torch import load
+
+        from clinifed.executors.trainer import SiteTrainer
+        from clinifed.privacy.outbox import pack
+
+        hello = "hello" in frame.header
+        if hello and self.backbone.sha256 != self.contract.base_model.sha256:
+            return {"base_model_sha256": self.backbone.sha256}, b""  # the server says what is wrong, with both values
+        if self.trainer is None:
+            self.trainer = SiteTrainer(self.contract, self.policy, self.job, self.coordinator, self.backbone)
+        if hello:
+            return {"base_model_sha256": self.backbone.sha256}, b""
+        update = self.trainer.train(int(frame.header["round"]), load(frame.body))
+        return {"round": update.round}, pack(update)
 
 
 def main() -> None:

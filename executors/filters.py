@@ -4,6 +4,7 @@ It belongs into the site's ``local/privacy.json``, which ``privacy_scope`` write
 those of a job, so the executor refuses a job that brings any.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,19 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 from clinifed.errors import PrivacyError
-from clinifed.messages import META_KEYS, Update, release_sha256
+from clinifed.messages import META_KEYS, TASK_HANDSHAKE, Update, release_sha256
 from clinifed.policy import SitePolicy, find_policy
 from clinifed.privacy.ledger import Ledger
 
 __all__ = ["ReleaseFilter", "policy_of", "privacy_scope", "to_shareable"]
 
 _SCOPE = "hospital"
+_HASH = re.compile(r"[0-9a-f]{64}")
+_HANDSHAKE = {
+    "contract_sha256": _HASH,
+    "clinifed_version": re.compile(r"[0-9A-Za-z.+]{1,40}"),
+    "base_model_sha256": _HASH,
+}
 
 
 def privacy_scope() -> dict[str, Any]:
@@ -57,6 +64,7 @@ class ReleaseFilter(Filter):
         - Nothing leaves with it but the names of ``clinifed.messages.META_KEYS``, and of ``declared`` only what the
           policy declares.
         - A failure leaves as a bare return code.
+        - The handshake leaves as three words of a fixed form: two hashes and a version.
         - Whatever it cannot check does not leave.
     """
 
@@ -69,6 +77,10 @@ class ReleaseFilter(Filter):
         code = shareable.get_return_code()
         if code != ReturnCode.OK:
             return make_reply(code)
+        if set(shareable) <= {ReservedHeaderKey.HEADERS}:
+            return make_reply(code)  # nothing in it
+        if set(shareable) == {ReservedHeaderKey.HEADERS, TASK_HANDSHAKE}:
+            return _handshake(shareable[TASK_HANDSHAKE], fl_ctx.get_identity_name())
         policy = policy_of(fl_ctx)
         update = self._update(shareable, policy.site)
         self._check(update, policy)
@@ -101,3 +113,15 @@ class ReleaseFilter(Filter):
         nonce = update.meta["nonce"]
         if job is None or job.releases.get(nonce) != release_sha256(update) or job.charges[nonce][0] != update.round:
             raise PrivacyError(f"site {policy.site}: no charge in the ledger pays for this release; it does not leave")
+
+
+def _handshake(facts: Any, site: str) -> Shareable:
+    """The handshake, put together anew. Raises PrivacyError where it is not exactly that."""
+    words = facts if isinstance(facts, dict) else {}
+    if set(words) != set(_HANDSHAKE) or not all(
+        isinstance(words[key], str) and form.fullmatch(words[key]) for key, form in _HANDSHAKE.items()
+    ):
+        raise PrivacyError(f"site {site}: a handshake holds {', '.join(_HANDSHAKE)}, and nothing else")
+    reply = make_reply(ReturnCode.OK)
+    reply[TASK_HANDSHAKE] = dict(words)
+    return reply

@@ -1,6 +1,7 @@
 """The FLARE Executor of a hospital: task in, update out. The training itself is in a process of its own."""
 
 import time
+from collections.abc import Callable
 from functools import cached_property
 
 import numpy as np
@@ -18,16 +19,17 @@ from nvflare.fuel.utils import fobs
 from nvflare.private.privacy_manager import PrivacyService
 from safetensors.numpy import save
 
+from clinifed import __version__
 from clinifed.contract import Contract
 from clinifed.errors import ClinifedError, FederationError, PrivacyError
 from clinifed.executors.filters import ReleaseFilter, policy_of, to_shareable
 from clinifed.executors.frames import Frame
 from clinifed.executors.process import TrainerGoneError, TrainerProcess
 from clinifed.files import append_line
-from clinifed.messages import Update, job_key
+from clinifed.messages import TASK_FINISH, TASK_HANDSHAKE, Update
 from clinifed.policy import SitePolicy
 from clinifed.privacy.ledger import Ledger
-from clinifed.privacy.outbox import unpack
+from clinifed.privacy.outbox import Outbox, unpack
 
 __all__ = ["SIMULATOR", "SiteExecutor"]
 
@@ -42,7 +44,7 @@ class SiteExecutor(Executor):
 
     Args:
         contract: the federation's contract, :meth:`clinifed.contract.Contract.text`.
-        run: names this job besides FLARE's own name of it.
+        run: the run's name: what the ledger calls the job. A run may take several FLARE jobs.
 
     Guarantees:
         - Errors leave as a return code only; their text stays in the site's log.
@@ -63,41 +65,33 @@ class SiteExecutor(Executor):
                 self._start(fl_ctx)
             except ClinifedError as error:  # told again, as a return code, when a task comes
                 self.log_error(fl_ctx, f"not started: {error}", fire_event=False)
-        elif event_type == EventType.END_RUN:
-            self._end(fl_ctx)
+        elif event_type == EventType.END_RUN and self._trainer is not None:
+            self._trainer.stop()  # the run may go on in another job: its reservation stays until the server ends it
 
     @cached_property
     def _agreed(self) -> Contract:
         """The contract, read once. Raises ConfigError."""
         return Contract.read(self.contract)
 
-    def _job(self, fl_ctx: FLContext) -> str:
-        return job_key(fl_ctx.get_job_id(), self.run)
-
     def _start(self, fl_ctx: FLContext) -> tuple[SitePolicy, TrainerProcess]:
         """The site's policy, and its running trainer."""
         policy = policy_of(fl_ctx)
         if self._trainer is None or not self._trainer.alive:
-            self._trainer = TrainerProcess(self._agreed, policy, self._job(fl_ctx), _coordinator(fl_ctx))
+            self._trainer = TrainerProcess(self._agreed, policy, self.run, _coordinator(fl_ctx))
         return policy, self._trainer
-
-    def _end(self, fl_ctx: FLContext) -> None:
-        """End the trainer, and return what is left of the job's reservation."""
-        if self._trainer is not None:
-            self._trainer.stop()
-        try:
-            if self._agreed.promise.mode == "dp":
-                Ledger.of(policy_of(fl_ctx)).finish(self._job(fl_ctx))
-        except ClinifedError as error:
-            self.log_error(fl_ctx, f"the reservation was not returned: {error}", fire_event=False)
 
     def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
         """One round; a failure costs the federation this site for this round, never the job."""
-        if task_name != AppConstants.TASK_TRAIN:
+        tasks = {
+            AppConstants.TASK_TRAIN: self._round,
+            TASK_HANDSHAKE: self._handshake,
+            TASK_FINISH: self._finish,
+        }
+        if task_name not in tasks:
             return make_reply(ReturnCode.TASK_UNKNOWN)
         try:
             _refuse_open_door(fl_ctx)
-            return self._round(shareable, fl_ctx, abort_signal)
+            return tasks[task_name](shareable, fl_ctx, abort_signal)
         except PrivacyError as error:
             self.log_error(fl_ctx, f"refused by policy: {error}", fire_event=False)
             return make_reply(ReturnCode.TASK_UNSUPPORTED)
@@ -118,7 +112,7 @@ class SiteExecutor(Executor):
         append_line(
             policy_of(fl_ctx).diary,
             {
-                "job": self._job(fl_ctx),
+                "job": self.run,
                 "round": update.round,
                 "compute_s": round(time.perf_counter() - started, 4),
                 "bytes_sent": len(fobs.dumps(result)),
@@ -128,25 +122,55 @@ class SiteExecutor(Executor):
         )
         return result
 
+    def _handshake(self, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
+        """What this site holds. The trainer gets ready meanwhile: policy, reservation, images."""
+        timeout_s = float(self._agreed.aggregation.start_timeout_s)
+        frame = self._ask(lambda child, stopped: child.hello(stopped, timeout_s), fl_ctx, abort_signal)
+        reply = make_reply(ReturnCode.OK)
+        reply[TASK_HANDSHAKE] = {
+            "contract_sha256": self._agreed.sha256(),
+            "clinifed_version": __version__,
+            "base_model_sha256": frame.header["base_model_sha256"],
+        }
+        return reply
+
+    def _finish(self, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
+        """The run is over: what is left of its reservation returns to the budget."""
+        policy = policy_of(fl_ctx)
+        if self._agreed.promise.mode == "dp":
+            Ledger.of(policy).finish(self.run)
+        else:
+            Outbox(policy.outbox_folder).clean([self.run])  # no ledger tells the next run that this one is over
+        return make_reply(ReturnCode.OK)
+
     def _train(self, number: int, delta: bytes, fl_ctx: FLContext, abort_signal: Signal) -> Update:
-        """One round in the trainer. If that was killed, a new one goes on from what is on the disk, once."""
+        """One round in the trainer."""
+        timeout_s = float(self._agreed.aggregation.round_timeout_s)
+        frame = self._ask(lambda child, stopped: child.train(number, delta, stopped, timeout_s), fl_ctx, abort_signal)
+        return unpack(frame.body)
 
-        def ask() -> tuple[SitePolicy, Frame]:
-            policy, trainer = self._start(fl_ctx)
-            timeout_s = float(self._agreed.round_timeout_s)
-            return policy, trainer.train(number, delta, lambda: bool(abort_signal.triggered), timeout_s)
+    def _ask(
+        self, question: Callable[[TrainerProcess, Callable[[], bool]], Frame], fl_ctx: FLContext, abort_signal: Signal
+    ) -> Frame:
+        """The trainer's answer. If it was killed, a new one goes on from what is on the disk, once.
 
-        try:
-            policy, frame = ask()
-        except TrainerGoneError as error:
-            if abort_signal.triggered:
-                raise
-            self.log_warning(fl_ctx, f"{error}; starting another", fire_event=False)
-            policy, frame = ask()
+        Raises:
+            PrivacyError: it refused.
+            FederationError: it failed, or was killed twice.
+        """
+        for last in (False, True):
+            try:
+                policy, trainer = self._start(fl_ctx)
+                frame = question(trainer, lambda: bool(abort_signal.triggered))
+                break
+            except TrainerGoneError as error:
+                if abort_signal.triggered or last:
+                    raise
+                self.log_warning(fl_ctx, f"{error}; starting another", fire_event=False)
         if kind := frame.header.get("failed"):
             problems = [f"{p} (more in {policy.log})" for p in frame.header["problems"]]
             raise PrivacyError(*problems) if kind == "policy" else FederationError(*problems)
-        return unpack(frame.body)
+        return frame
 
 
 def _coordinator(fl_ctx: FLContext) -> str:

@@ -75,17 +75,28 @@ class TrainerProcess:
             TrainerGoneError: the process ended, or was stopped.
             FederationError: it said nothing for ``timeout_s``, and was ended.
         """
-        self._send({"round": round_number}, delta)
+        return self._ask(f"round {round_number}", {"round": round_number}, delta, stopped, timeout_s)
+
+    def hello(self, stopped: Callable[[], bool], timeout_s: float) -> Frame:
+        """Which base model the trainer holds, in its header; it gets ready for the first round meanwhile.
+
+        Raises:
+            TrainerGoneError, FederationError: as for :meth:`train`.
+        """
+        return self._ask("handshake", {"hello": True}, b"", stopped, timeout_s)
+
+    def _ask(
+        self, what: str, header: dict[str, Any], body: bytes, stopped: Callable[[], bool], timeout_s: float
+    ) -> Frame:
+        self._send(header, body)
         deadline = time.monotonic() + timeout_s
         frame = read_frame(lambda size: self._read(size, stopped, deadline))
         if frame is None and time.monotonic() > deadline:
             self.stop()
-            raise FederationError(f"round {round_number}: the trainer did not answer in {timeout_s:g} s")
+            raise FederationError(f"{what}: the trainer did not answer in {timeout_s:g} s")
         if frame is None:
             self.stop()
-            raise TrainerGoneError(
-                f"round {round_number}: the trainer's process ended, with {self._process.returncode}"
-            )
+            raise TrainerGoneError(f"{what}: the trainer's process ended, with {self._process.returncode}")
         return frame
 
     def _send(self, header: dict[str, Any], body: bytes = b"") -> None:

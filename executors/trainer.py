@@ -13,9 +13,9 @@ from clinifed.data.manifest import read_manifest
 from clinifed.errors import ModelError, UpdateError
 from clinifed.executors.features import patient_tensors
 from clinifed.executors.release import Releases, check_contract
-from clinifed.messages import Parameters, Update, allowed_names
+from clinifed.messages import Parameters, Update, allowed_names, projected
 from clinifed.models.adapters import GlobalModel, TrainablePart, build_trainable
-from clinifed.models.backbone import load_backbone
+from clinifed.models.backbone import Backbone, load_backbone
 from clinifed.models.state import apply_delta
 from clinifed.policy import SitePolicy
 from clinifed.privacy.engine import Mechanism, PatientTensors, plain_step, private_step, pull_towards
@@ -58,8 +58,9 @@ class SiteTrainer:
     Args:
         contract: what the job brings.
         policy: what the site permits.
-        job: the job's key, see :func:`clinifed.messages.job_key`.
+        job: the run's name; a run may take several FLARE jobs, and its releases stay the same in each.
         coordinator: who submitted it, by FLARE's word.
+        backbone: the base model, where the caller has loaded it already.
 
     Guarantees:
         - Every release is charged to the ledger before its noise is drawn.
@@ -69,13 +70,15 @@ class SiteTrainer:
         - Under differential privacy the noise is tested, without data, before anything is charged.
     """
 
-    def __init__(self, contract: Contract, policy: SitePolicy, job: str, coordinator: str) -> None:
+    def __init__(
+        self, contract: Contract, policy: SitePolicy, job: str, coordinator: str, backbone: Backbone | None = None
+    ) -> None:
         self.contract, self.policy = contract, policy
         manifest = read_manifest(policy.manifest)
         check_contract(contract, policy, coordinator, manifest.data_class)
         if contract.promise.mode == "dp":
             self_test()
-        backbone = load_backbone(policy.model_ref or contract.base_model.ref)
+        backbone = backbone or load_backbone(policy.model_ref or contract.base_model.ref)
         if backbone.sha256 != contract.base_model.sha256:
             raise ModelError(
                 f"site {policy.site} holds base model {backbone.sha256}, the contract wants "
@@ -124,7 +127,9 @@ class SiteTrainer:
             epochs = self.contract.training.local_epochs
             local_steps(self.part, self.start, self.data, self.contract, nominal, epochs)
             log.info("round %d: trained in %.2f s", round_number, time.perf_counter() - started)
-            return {n: (t - began[n]).numpy() for n, t in self.part.state_dict().items()}, declared
+            change = {n: (t - began[n]).numpy() for n, t in self.part.state_dict().items()}
+            # The server refuses what is longer than the contract's bound; after the noise, shortening it is free.
+            return projected(change, self.contract.sites[self.policy.site].norm_bound), declared
 
         return self.releases.release(round_number, make)
 

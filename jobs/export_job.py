@@ -5,6 +5,7 @@ from pathlib import Path
 
 from clinifed.config import Federation
 from clinifed.errors import ConfigError
+from clinifed.executors.flare import SIMULATOR
 from clinifed.jobs.prepare import make_site_keys, prepare_data, site_policies, write_site_folder
 from clinifed.jobs.recipe import FederationRecipe, build_contract
 from clinifed.models.backbone import load_backbone
@@ -34,7 +35,7 @@ def export_job(
         home = workspace.with_name(f"{workspace.name}-data").resolve()
         contract = build_contract(federation, backbone, make_site_keys(federation, home))
         data = prepare_data(federation, home / "data", progress)
-        write_site_folder(workspace / "local", site_policies(federation, data, home, contract), contract)
+        write_site_folder(workspace / "local", site_policies(federation, data, home, contract, (SIMULATOR,)), contract)
         written["workspace"] = workspace
     FederationRecipe(contract).write(out)
     progress(f"contract {contract.sha256()}")

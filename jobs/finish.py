@@ -1,7 +1,9 @@
 """After the last round: the model with its start added back, what it is worth, its checkpoint and the summary."""
 
 import json
-from collections.abc import Callable
+import os
+import time
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -9,16 +11,17 @@ from typing import Any
 import jsonschema
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from clinifed.aggregators.checkpoint import write_checkpoint
+from clinifed.aggregators.run_state import RunState
 from clinifed.contract import Contract
 from clinifed.data.manifest import Manifest
 from clinifed.evaluation.metrics import Scores, mean_scores
 from clinifed.executors.features import patient_tensors
-from clinifed.files import read_lines
+from clinifed.files import read_lines, write_json
 from clinifed.jobs.baselines import load_part, local_scores, score_part
 from clinifed.jobs.prepare import PreparedData
+from clinifed.messages import Parameters
 from clinifed.models.adapters import GlobalModel
 from clinifed.models.backbone import Backbone
 from clinifed.models.state import apply_delta
@@ -28,7 +31,7 @@ from clinifed.privacy.engine import PatientTensors
 from clinifed.privacy.ledger import Ledger
 from clinifed.privacy.objectives import resolve_objective
 
-__all__ = ["evaluate_run", "save_checkpoint", "site_claims", "summarise", "summary_schema"]
+__all__ = ["evaluate_run", "finish_run", "save_checkpoint", "site_claims", "summarise", "summary_schema", "told_claims"]
 
 _SCHEMA = "summary.schema.json"
 
@@ -61,7 +64,7 @@ def evaluate_run(
     backbone: Backbone,
     data: PreparedData,
     policies: dict[str, SitePolicy],
-    delta_file: Path,
+    delta: Parameters,
     progress: Callable[[str], None],
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Metrics by specialty on the public test set, and the final parameters.
@@ -72,7 +75,7 @@ def evaluate_run(
     names = sorted(contract.specialties)
     start_part = load_part(contract, backbone)
     start = {n: t.clone() for n, t in start_part.state_dict().items()}
-    params = apply_delta(start, load_file(delta_file))
+    params = apply_delta(start, {name: torch.from_numpy(value) for name, value in delta.items()})
     if data.test is None:
         return {}, params
     progress("evaluating on the public test set")
@@ -113,7 +116,7 @@ def evaluate_run(
 
 
 def site_claims(contract: Contract, policies: dict[str, SitePolicy]) -> dict[str, dict[str, Any]]:
-    """Every site's claim over its ledger's lifetime, from the verified file (simulated sites: theirs are at hand)."""
+    """Every site's claim over its ledger's lifetime, from the verified file: for sites of this machine, at hand."""
     claims = {}
     for name, policy in policies.items():
         if contract.promise.mode == "off":
@@ -123,6 +126,14 @@ def site_claims(contract: Contract, policies: dict[str, SitePolicy]) -> dict[str
             claims[name] = make_claim(
                 contract, name, "lifetime", state.spent_units, state.delta, state.head, state.epsilon_budget
             )
+    return claims
+
+
+def told_claims(contract: Contract, rounds: list[dict[str, Any]]) -> dict[str, dict[str, Any] | None]:
+    """What each site last claimed of this run; None of a site from which no update was ever taken."""
+    claims: dict[str, dict[str, Any] | None] = dict.fromkeys(contract.sites)
+    for entry in rounds:
+        claims |= entry["claims"]
     return claims
 
 
@@ -138,7 +149,7 @@ def save_checkpoint(
     params: dict[str, torch.Tensor],
     data: PreparedData,
     rounds: list[dict[str, Any]],
-    claims: dict[str, dict[str, Any]],
+    claims: Mapping[str, dict[str, Any] | None],
     metrics: dict[str, Any],
 ) -> None:
     """Write the checkpoint with its card."""
@@ -181,14 +192,15 @@ def summarise(
     backbone: Backbone,
     policies: dict[str, SitePolicy],
     rounds: list[dict[str, Any]],
-    claims: dict[str, dict[str, Any]],
+    claims: Mapping[str, dict[str, Any] | None],
     metrics: dict[str, Any],
     wall_s: float,
 ) -> dict[str, Any]:
     """The summary of a finished run, checked against its schema."""
     sites: dict[str, Any] = {}
     for name, site in contract.sites.items():
-        diary = {entry["round"]: entry for entry in read_lines(policies[name].diary)}
+        written = read_lines(policies[name].diary) if name in policies else []
+        diary = {entry["round"]: entry for entry in written if entry["job"] == rounds[0]["job"]}
         sites[name] = {
             "specialties": list(site.specialties),
             "rounds": [
@@ -217,6 +229,31 @@ def summarise(
         "metrics": metrics,
     }
     jsonschema.validate(summary, summary_schema())
+    return summary
+
+
+def finish_run(
+    contract: Contract,
+    backbone: Backbone,
+    data: PreparedData,
+    policies: dict[str, SitePolicy],
+    state: RunState,
+    out: Path,
+    started: float,
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    """Evaluate a finished run, and write ``out/checkpoint`` and ``out/summary.json``; returns the summary.
+
+    Args:
+        policies: of the sites that are on this machine, with their ledgers; of others, their last word counts.
+        started: ``time.monotonic()`` at the beginning.
+    """
+    claims = told_claims(contract, state.rounds) | site_claims(contract, policies)
+    metrics, params = evaluate_run(contract, backbone, data, policies, state.delta, progress)
+    summary = summarise(contract, backbone, policies, state.rounds, claims, metrics, time.monotonic() - started)
+    save_checkpoint(out / "checkpoint", contract, params, data, state.rounds, claims, metrics)
+    write_json(out / "summary.json", summary)
+    progress(f"checkpoint {os.path.relpath(out / 'checkpoint')}")
     return summary
 
 

@@ -6,40 +6,50 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from clinifed.aggregators.flare import GLOBAL_FILE, ROUNDS_FILE, SERVER_FOLDER
+from clinifed.aggregators.run_state import ROUNDS_FILE, SERVER_FOLDER, STATE_FILE, RunState
 from clinifed.contract import Contract
 from clinifed.errors import FederationError
 from clinifed.files import read_lines
 from clinifed.policy import SitePolicy
 
-__all__ = ["follow", "server_file"]
+__all__ = ["follow", "run_folder", "tell_round"]
 
 _POLL_S = 0.2
-_START_S = 300  # importing torch and embedding the images, all sites at once on two cores
-_STOP_S = 60  # FLARE's own shutdown
+_STOP_S = 120  # the sites' farewell, and FLARE's own shutdown
 
 
-def server_file(workspace: Path, name: str) -> Path | None:
-    """The server's ``name`` beneath a job's workspace, wherever FLARE put the run folder."""
-    found = sorted(workspace.glob(f"**/{SERVER_FOLDER}/{name}"))
-    return found[0] if found else None
+def run_folder(workspace: Path, run: str) -> Path | None:
+    """The folder of ``run`` on a server whose files lie somewhere beneath ``workspace``."""
+    found = sorted(workspace.glob(f"**/{SERVER_FOLDER}/{run}/{STATE_FILE}"))
+    return found[0].parent if found else None
+
+
+def tell_round(entry: dict[str, Any], rounds: int) -> str:
+    """One line about a round that ended."""
+    missing = "".join(f"; {site}: {why}" for site, why in entry["missing"].items())
+    outcome = "averaged" if entry["counted"] else "too few, model unchanged"
+    return (
+        f"round {entry['round'] + 1} of {rounds}: {len(entry['accepted'])} updates {outcome} "
+        f"({entry['seconds']:.1f} s){missing}"
+    )
 
 
 def follow(
     process: subprocess.Popen[bytes],
     contract: Contract,
+    run: str,
     workspace: Path,
     policies: dict[str, SitePolicy],
     progress: Callable[[str], None],
     log: Path,
-) -> list[dict[str, Any]]:
-    """Wait for the federation and tell what happens; returns the server's record of every round.
+) -> RunState:
+    """Wait for the federation and tell what happens; returns the run's state on the server.
 
     Raises:
         FederationError: the processes ended, or fell silent, before the last round was recorded.
     """
     told: dict[str, int] = {name: 0 for name in policies}
-    rounds: list[dict[str, Any]] = []
+    seen = 0
     last_sign = finished = time.monotonic()
     while True:
         ended = process.poll() is not None
@@ -48,29 +58,24 @@ def follow(
                 progress(f"  {name}: round {entry['round'] + 1} trained in {entry['compute_s']:.2f} s")
                 told[name] += 1
                 last_sign = time.monotonic()
-        path = server_file(workspace, ROUNDS_FILE)
-        for entry in (read_lines(path) if path else [])[len(rounds) :]:
-            rounds.append(entry)
-            missing = "".join(f"; {site}: {why}" for site, why in entry["missing"].items())
-            outcome = "averaged" if entry["counted"] else "too few, model unchanged"
-            progress(
-                f"round {entry['round'] + 1} of {contract.rounds}: {len(entry['accepted'])} updates {outcome} "
-                f"({entry['seconds']:.1f} s){missing}"
-            )
+        folder = run_folder(workspace, run)
+        for entry in (read_lines(folder / ROUNDS_FILE) if folder else [])[seen:]:
+            seen += 1
+            progress(tell_round(entry, contract.rounds))
             last_sign = finished = time.monotonic()
-        complete = len(rounds) == contract.rounds
         now = time.monotonic()
-        if ended or (complete and now - finished > _STOP_S):
+        if ended or (seen >= contract.rounds and now - finished > _STOP_S):
             break
-        if now - last_sign > contract.round_timeout_s + _START_S:
+        if now - last_sign > contract.aggregation.round_timeout_s + contract.aggregation.start_timeout_s:
             raise FederationError(
-                f"nothing was heard for {now - last_sign:.0f} s in round {len(rounds) + 1} of {contract.rounds}; "
+                f"nothing was heard for {now - last_sign:.0f} s in round {seen + 1} of {contract.rounds}; "
                 f"what FLARE said is in {log}"
             )
         time.sleep(_POLL_S)
-    if not complete or not any(entry["counted"] for entry in rounds) or server_file(workspace, GLOBAL_FILE) is None:
+    state = RunState(folder, run, contract) if folder else None
+    if state is None or not state.complete or not state.counted:
         raise FederationError(
-            f"the federation ended after {len(rounds)} of {contract.rounds} rounds without a model; "
+            f"the federation ended after {seen} of {contract.rounds} rounds without a model; "
             f"what FLARE said is in {log}"
         )
-    return rounds
+    return state

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from nvflare.app_common.logging.constants import ALLOW_LOG_STREAMING_VAR
-from nvflare.app_common.widgets.component_path_authorizer import CLASS_ALLOW_LIST
 
 from clinifed.config import DataClass, Federation, FolderIndex
 from clinifed.contract import Contract
@@ -16,19 +14,24 @@ from clinifed.data.manifest import Manifest, read_manifest
 from clinifed.data.synthesize import synthesize
 from clinifed.errors import ClinifedError, DataError, LedgerError
 from clinifed.executors.filters import privacy_scope
-from clinifed.executors.flare import SIMULATOR
 from clinifed.files import write_atomic, write_json
+from clinifed.jobs.kit import job_rules
 from clinifed.policy import POLICY_FOLDER, Budget, SitePolicy
 from clinifed.privacy.ledger import Ledger
 from clinifed.privacy.signing import make_signing_key, public_key, read_signing_key
 
-__all__ = ["ALLOWED_CLASSES", "PreparedData", "make_site_keys", "prepare_data", "site_policies", "write_site_folder"]
+__all__ = [
+    "PreparedData",
+    "make_site_keys",
+    "prepare_data",
+    "prepare_public",
+    "site_policies",
+    "write_policy",
+    "write_site_folder",
+]
 
 log = logging.getLogger(__name__)
 
-# FLARE runs a job only if each of its classes is on the site's list. Ours come from the installed package; FLARE's
-# stock list is left out, since it would let a job bring executors and senders that the release filter never sees.
-ALLOWED_CLASSES = ["clinifed."]
 _KEY = "signing.key"
 
 
@@ -51,19 +54,29 @@ def _index(index: FolderIndex, out: Path, specialties: tuple[str, ...], data_cla
     return path
 
 
-def prepare_data(federation: Federation, folder: Path, progress: Callable[[str], None]) -> PreparedData:
+def prepare_public(federation: Federation, folder: Path, progress: Callable[[str], None]) -> PreparedData:
+    """The public sets alone, for a coordinator: what the sites hold is the sites' own."""
+    return prepare_data(federation.model_copy(update={"sites": {}}), folder, progress, federation)
+
+
+def prepare_data(
+    federation: Federation, folder: Path, progress: Callable[[str], None], whole: Federation | None = None
+) -> PreparedData:
     """Make or index what is absent under ``folder``, and read every manifest.
+
+    Args:
+        whole: the federation, where ``federation`` holds only some of its sites.
 
     Raises:
         DataError: with the problems of all sites and public sets at once.
     """
-    plan = federation.data
-    every = tuple(sorted({n for s in federation.sites.values() for n in s.specialties}))
+    plan, sites = federation.data, (whole or federation).sites
+    every = tuple(sorted({n for s in sites.values() for n in s.specialties}))
     paths: dict[str, Path] = {}
     if plan.synthesize is not None:
         if not folder.exists():
             progress(f"synthesizing hospitals (seed {plan.synthesize.seed})")
-            synthesize(plan.synthesize, {n: s.specialties for n, s in federation.sites.items()}, folder)
+            synthesize(plan.synthesize, {n: s.specialties for n, s in sites.items()}, folder)
         for name in [*federation.sites, "public/validation", "public/test"]:
             here = folder / name
             index = FolderIndex(folder=here, labels=(here / "labels.csv",), split="train")
@@ -83,6 +96,8 @@ def prepare_data(federation: Federation, folder: Path, progress: Callable[[str],
             paths[name] = site.manifest
         elif site.index is not None:
             attempt(name, site.index, site.specialties, site.data_class)
+        elif plan.synthesize is None:
+            problems.append(f"sites.{name}: no data; give manifest, index, or data.synthesize for all sites")
     for which, index in (plan.public_index or {}).items():
         attempt(f"public/{which}", index, every, "public")
     if plan.public is not None:
@@ -127,8 +142,10 @@ def make_site_keys(federation: Federation, run: Path) -> dict[str, str]:
     return keys
 
 
-def site_policies(federation: Federation, data: PreparedData, run: Path, contract: Contract) -> dict[str, SitePolicy]:
-    """The policies of simulated sites, from the federation's configuration, and their ledgers.
+def site_policies(
+    federation: Federation, data: PreparedData, run: Path, contract: Contract, coordinators: tuple[str, ...]
+) -> dict[str, SitePolicy]:
+    """The policies of sites that this machine plays, from the federation's configuration, and their ledgers.
 
     Raises:
         LedgerError: the ledger of a hospital's data is not there; its steward makes it, once, for its lifetime.
@@ -147,7 +164,7 @@ def site_policies(federation: Federation, data: PreparedData, run: Path, contrac
             budget=Budget(epsilon=site.budget_epsilon or federation.privacy.epsilon, delta=federation.privacy.delta),
             min_nominal_patients=1,
             approved_contracts=(contract.sha256(),),
-            coordinators=(SIMULATOR,),
+            coordinators=coordinators,
             declare=site.declare,
             permit_privacy_off=federation.privacy.mode == "off",
         )
@@ -172,11 +189,15 @@ def write_site_folder(local: Path, policies: dict[str, SitePolicy], contract: Co
     In a simulation all sites share one such folder; a real site has its own.
     """
     local.mkdir(parents=True, exist_ok=True)
-    resources = {"format_version": 2, CLASS_ALLOW_LIST: ALLOWED_CLASSES, ALLOW_LOG_STREAMING_VAR: False}
-    write_json(local / "resources.json", resources)
+    write_json(local / "resources.json", job_rules())
     write_json(local / "privacy.json", privacy_scope())
-    (local / POLICY_FOLDER).mkdir(exist_ok=True)
     for name, policy in policies.items():
         if name in contract.sites:
-            text = yaml.safe_dump(policy.model_dump(mode="json"), sort_keys=False)
-            write_atomic(local / POLICY_FOLDER / f"{name}.yaml", text.encode(), 0o600)
+            write_policy(local, policy)
+
+
+def write_policy(local: Path, policy: SitePolicy) -> None:
+    """Write ``policy`` where its site's FLARE folder ``local`` has it."""
+    (local / POLICY_FOLDER).mkdir(exist_ok=True)
+    text = yaml.safe_dump(policy.model_dump(mode="json"), sort_keys=False)
+    write_atomic(local / POLICY_FOLDER / f"{policy.site}.yaml", text.encode(), 0o600)

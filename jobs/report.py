@@ -31,7 +31,7 @@ def metrics_table(summary: dict[str, Any]) -> Table:
 def privacy_table(summary: dict[str, Any]) -> Table:
     """Per hospital: epsilon spent of its budget, with unit and relation."""
     claims = [site["privacy"] for site in summary["sites"].values()]
-    first = claims[0] if claims else None
+    first = next((claim for claim in claims if claim is not None), None)
     title = "privacy"
     if first is not None and first["accountant"] is not None:
         accountant = f"{first['accountant']['name']}, {first['accountant']['version']}"
@@ -43,6 +43,9 @@ def privacy_table(summary: dict[str, Any]) -> Table:
     for column in ("hospital", "specialties", "N₀", "epsilon", "budget", "rounds", "ledger head"):
         table.add_column(column, overflow="fold")
     for (name, site), claim in zip(summary["sites"].items(), claims, strict=True):
+        if claim is None:  # none of its updates was ever taken, and its ledger is not here
+            table.add_row(name, ", ".join(site["specialties"]), "–", "–", "–", f"0 of {len(site['rounds'])}", "–")
+            continue
         spent = "off" if claim["epsilon"] is None else f"{claim['epsilon']:.4f}"
         budget = "–" if claim["budget_epsilon"] is None else f"{claim['budget_epsilon']:g}"
         counted = sum(r["accepted"] for r in site["rounds"])

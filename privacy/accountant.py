@@ -9,7 +9,7 @@ under full adaptivity the filter "stop when Σ μ² would exceed the budget" is 
 from math import ceil, exp, floor, inf, sqrt
 
 from scipy.optimize import brentq
-from scipy.special import log_ndtr
+from scipy.special import chdtri, log_ndtr
 
 from clinifed.errors import PrivacyError
 
@@ -21,6 +21,7 @@ __all__ = [
     "epsilon_of",
     "mu_squared",
     "noise_multiplier_for",
+    "update_norm_bound",
 ]
 
 MU2_UNIT = 1e-12  # one unit of budget; ε = 1, δ = 1e-5 is 71,8xx,xxx,xxx of them
@@ -119,3 +120,28 @@ def noise_multiplier_for(epsilon: float, delta: float, releases: int) -> float:
     while cost_units(sigma) > share:  # at most a few steps: rounding of sqrt and of the division
         sigma *= 1 + 1e-13
     return sigma
+
+
+def update_norm_bound(
+    noise_multiplier: float,
+    max_grad_norm: float,
+    nominal_patients: int,
+    *,
+    learning_rate: float,
+    steps: int,
+    dimension: int,
+    exceeded: float = 1e-3,
+) -> float:
+    """The public L2 bound of one site's update, from public numbers alone: what the mechanism may send, and no more.
+
+    N₀ patients move each of T steps by at most η·C; the noise of T steps is Gaussian with standard deviation
+    √T·η·σ·C/N₀ in each of d coordinates, so its norm is that times a χ variable with d degrees of freedom
+    (Laurent & Massart 2000 bound the same quantile): η·(T·C + √T·σ·C/N₀·χ_d(1 − exceeded)).
+
+    Args:
+        steps: T, the local steps of one round.
+        dimension: d, the coordinates of the update.
+        exceeded: how often the noise alone goes beyond its part; such an update is projected, which costs nothing.
+    """
+    spread = sqrt(steps) * noise_multiplier * max_grad_norm / nominal_patients
+    return learning_rate * (steps * max_grad_norm + spread * sqrt(float(chdtri(dimension, exceeded))))

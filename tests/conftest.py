@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 
-from clinifed.config import Training
+from clinifed.config import Aggregation, Training
 from clinifed.contract import BaseModelRef, Contract, ContractSite, Promise
 from clinifed.models.specialties import SPECIALTIES
 
@@ -42,14 +42,13 @@ def make_contract() -> Callable[..., Contract]:
             rounds=3,
             min_clients=1,
             max_clients=max(3, len(sites)),
-            min_updates=min(2, len(sites)),
-            round_timeout_s=60,
-            rule="fedavg",
+            aggregation=Aggregation(quorum=1, round_timeout_s=60),
             sites={
                 name: ContractSite(
                     specialties=tuple(sorted(mine)),
                     nominal_patients=10,
                     weight=number + 1,
+                    norm_bound=100,
                     public_key=(keys or {}).get(name),
                 )
                 for number, (name, mine) in enumerate(sites.items())

@@ -15,6 +15,7 @@ GOOD = {
     "name": "test",
     "rounds": 2,
     "min_clients": 1,
+    "aggregation": {"quorum": 1, "round_timeout_s": 60},
     "max_clients": 3,
     "data": {"synthesize": {"seed": 1}},
     "sites": {"alder": {"specialties": ["radiology"]}, "birch": {"specialties": ["radiology"]}},
@@ -92,7 +93,8 @@ def test_fewer_or_more_sites_than_allowed_are_refused(tmp_path: Path, low: int, 
 
 def test_privacy_off_is_what_a_bare_off_means(tmp_path: Path) -> None:
     path = tmp_path / "federation.yaml"
-    path.write_text(yaml.safe_dump(GOOD) + "privacy: off\n")
+    bounded = {**GOOD, "aggregation": {**GOOD["aggregation"], "norm_bound": 1.0}}
+    path.write_text(yaml.safe_dump(bounded) + "privacy: off\n")
     assert load_federation(path).privacy.mode == "off"
 
 
@@ -159,3 +161,25 @@ def test_the_nominal_number_of_synthetic_patients_is_the_plans(tmp_path: Path) -
     federation = load_federation(write(tmp_path, sites=sites, data=plan))
     assert isinstance(federation, Federation)
     assert [federation.nominal_patients(n) for n in ("alder", "birch")] == [40, 9]
+
+
+@pytest.mark.parametrize("key", ["quorum", "round_timeout_s"])
+def test_quorum_and_deadline_have_no_default(tmp_path: Path, key: str) -> None:
+    rest = {k: v for k, v in GOOD["aggregation"].items() if k != key}
+    assert f"aggregation.{key}: missing" in problems(write(tmp_path, aggregation=rest))
+
+
+@pytest.mark.parametrize("seconds", [0, -1, 10**9, float("inf")])
+def test_no_deadline_is_endless(tmp_path: Path, seconds: float) -> None:
+    assert "aggregation.round_timeout_s" in problems(
+        write(tmp_path, aggregation={"quorum": 1, "round_timeout_s": seconds})
+    )
+
+
+def test_a_quorum_beyond_min_clients_is_refused(tmp_path: Path) -> None:
+    text = problems(write(tmp_path, aggregation={"quorum": 2, "round_timeout_s": 60}))
+    assert "aggregation.quorum (2) is more than min_clients (1)" in text
+
+
+def test_with_privacy_off_the_norm_bound_is_explicit(tmp_path: Path) -> None:
+    assert "aggregation.norm_bound: missing" in problems(write(tmp_path, privacy={"mode": "off"}))

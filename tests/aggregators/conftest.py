@@ -13,7 +13,7 @@ from clinifed.privacy.claims import make_claim
 from clinifed.privacy.signing import make_signing_key, public_key, sign
 
 SITES = {"alder": ("radiology",), "birch": ("dermatology", "radiology"), "cedar": ("dermatology", "emergency")}
-JOB = "simulate_job.run"
+JOB = "run"
 HEAD = "a" * 64
 
 

@@ -1,52 +1,46 @@
-"""The aggregation rules: each parameter over the sites that sent it, in any order of arrival, by contract weights."""
-
-from itertools import permutations
+"""Federated averaging against a plain reference."""
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis
+from hypothesis import strategies as st
 
-from clinifed.aggregators import RULES
-from clinifed.messages import specialty_of
+from clinifed.aggregators.fedavg import weighted_mean
 
-WEIGHTS = {"alder": 1.0, "birch": 2.0, "cedar": 3.0}
-
-all_rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-
-
-@all_rules
-def test_the_order_of_arrival_changes_no_bit(rule, contract, updates):
-    results = [rule(list(order), WEIGHTS, contract.shapes) for order in permutations(updates.values())]
-    for other in results[1:]:
-        assert all(results[0][name].tobytes() == other[name].tobytes() for name in contract.shapes)
+from .rounds import SHAPES, SITES, WEIGHTS, one_round, sent, settings
 
 
-@all_rules
-def test_equal_updates_average_to_themselves(rule, contract, updates):
-    same = {name: np.full(shape, 0.25, dtype=np.float32) for name, shape in contract.shapes.items()}
-    for update in updates.values():
-        update.params.update({name: same[name] for name in update.params})
-    mean = rule(list(updates.values()), WEIGHTS, contract.shapes)
-    assert all(np.array_equal(mean[name], same[name]) for name in contract.shapes)
+def plain_mean(updates, name):
+    """By the definition, number by number, in Python's own floats."""
+    mine = [u for u in updates if name in u.params]
+    mean = np.zeros(SHAPES[name])
+    for position in np.ndindex(SHAPES[name]):
+        top = sum(WEIGHTS[u.site] * float(u.params[name][position]) for u in mine)
+        mean[position] = top / sum(WEIGHTS[u.site] for u in mine) if mine else 0.0
+    return mean
 
 
-@all_rules
-def test_a_head_nobody_sent_changes_by_zero(rule, contract, updates):
-    mean = rule([updates["alder"], updates["birch"]], WEIGHTS, contract.shapes)
-    assert not mean["heads.emergency.weight"].any()
-    assert mean["heads.radiology.weight"].any()
+@pytest.mark.parametrize("number", range(len(SITES) + 1))
+def test_fedavg_equals_a_plain_reference(number):
+    updates = sent(3, list(SITES)[:number])
+    change, memory = one_round(updates, settings("fedavg"))
+    for name in SHAPES:
+        assert np.allclose(change[name], plain_mean(updates, name), rtol=1e-6, atol=1e-9)
+    assert memory == {}
 
 
-@all_rules
-def test_no_update_at_all_changes_nothing(rule, contract):
-    assert not any(value.any() for value in rule([], WEIGHTS, contract.shapes).values())
+@hypothesis(max_examples=60, deadline=None)
+@given(
+    value=st.floats(width=32, allow_nan=False, allow_infinity=False),
+    weights=st.lists(st.floats(1e-6, 1e9), min_size=1, max_size=10),
+)
+def test_equal_arrays_average_to_themselves_to_the_last_bit(value, weights):
+    arrays = [np.full(2, value, np.float32)] * len(weights)
+    assert np.array_equal(weighted_mean(arrays, weights, settings("fedavg")).astype(np.float32), arrays[0])
 
 
-def test_fedavg_equals_a_plain_reference(contract, updates):
-    mean = RULES["fedavg"](list(updates.values()), WEIGHTS, contract.shapes)
-    for name in contract.shapes:
-        declared = [s for s in WEIGHTS if specialty_of(name) in (None, *contract.sites[s].specialties)]
-        expected = np.average(
-            [updates[s].params[name] for s in declared], axis=0, weights=[WEIGHTS[s] for s in declared]
-        )
-        assert np.allclose(mean[name], expected, atol=1e-6)
-        assert mean[name].dtype == np.float32
+def test_the_sum_is_in_float64():
+    """In float32 the small one would be lost beside the large ones."""
+    arrays = [np.array([v], np.float32) for v in (2.0**30, 1.0, -(2.0**30))]
+    assert weighted_mean(arrays, [1.0, 1.0, 1.0], settings("fedavg")) == [1 / 3]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 
-from clinifed.aggregators.flare import SpecialtyAggregator
+from clinifed.aggregators.specialty import SpecialtyAggregator
 
 from .conftest import JOB
 

@@ -182,7 +182,7 @@ def test_a_site_that_refuses_costs_the_round_that_site_not_the_run(smoke, clinif
         "rounds": 1,
         "min_clients": 2,
         "data": {},
-        "aggregation": {"min_updates": 2, "round_timeout_s": 200},
+        "aggregation": {"quorum": 2, "round_timeout_s": 200},
     }
     config["sites"] = {
         name: {
@@ -215,6 +215,7 @@ def test_a_federation_of_one_site_without_noise_is_that_site_alone(clinifed, tmp
         "min_clients": 1,
         "max_clients": 1,
         "privacy": "off",
+        "aggregation": {"quorum": 1, "round_timeout_s": 200, "norm_bound": 1000.0},
         "training": {"learning_rate": 4.0, "local_epochs": 2},
         "sites": {"alder": site},
     }

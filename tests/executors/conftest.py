@@ -14,7 +14,7 @@ from clinifed.jobs.recipe import build_contract
 from clinifed.models.backbone import Backbone, load_backbone
 from clinifed.policy import SitePolicy
 
-JOB = "simulate_job.run"
+JOB = "run"
 PLAN = {
     "name": "unit",
     "rounds": 3,
@@ -22,6 +22,7 @@ PLAN = {
     "max_clients": 2,
     "training": {"local_epochs": 2},
     "privacy": {"epsilon": 1.0},
+    "aggregation": {"quorum": 1, "round_timeout_s": 60},
     "data": {"synthesize": {"patients_per_specialty": 6, "public_patients_per_specialty": 8, "max_images": 3}},
     "sites": {"alder": {"specialties": ["radiology", "emergency"]}},
 }
@@ -50,7 +51,7 @@ def prepared(federation: Federation, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture
 def policy(federation: Federation, prepared: PreparedData, contract: Contract, tmp_path: Path) -> SitePolicy:
     make_site_keys(federation, tmp_path)
-    return site_policies(federation, prepared, tmp_path, contract)["alder"]
+    return site_policies(federation, prepared, tmp_path, contract, (SIMULATOR,))["alder"]
 
 
 @pytest.fixture

@@ -42,7 +42,9 @@ def test_sites_of_100_and_5000_patients_send_equally_long_payloads(
         (home / "sites" / "alder").mkdir(parents=True)
         (home / "sites" / "alder" / "signing.key").write_bytes(policy.signing_key.read_bytes())
         (home / "sites" / "alder" / "signing.key").chmod(0o600)
-        mine = site_policies(federation, replace(prepared, sites={"alder": manifest}), home, contract)["alder"]
+        mine = site_policies(federation, replace(prepared, sites={"alder": manifest}), home, contract, ("simulator",))[
+            "alder"
+        ]
         trainer = train(contract, mine, JOB)
         assert trainer.data.patients == count
         zeros = {name: torch.zeros(shape) for name, shape in contract.shapes.items()}

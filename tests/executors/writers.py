@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clinifed.config import Training
+from clinifed.config import Aggregation, Training
 from clinifed.contract import BaseModelRef, Contract, ContractSite, Promise
 from clinifed.data.manifest import Manifest, Record
 from clinifed.errors import BudgetExceededError
@@ -45,10 +45,8 @@ CONTRACT = Contract(
     rounds=ROUNDS,
     min_clients=1,
     max_clients=1,
-    min_updates=1,
-    round_timeout_s=60,
-    rule="fedavg",
-    sites={"alder": ContractSite(specialties=("radiology",), nominal_patients=10, weight=1)},
+    aggregation=Aggregation(quorum=1, round_timeout_s=60),
+    sites={"alder": ContractSite(specialties=("radiology",), nominal_patients=10, weight=1, norm_bound=1)},
     shapes={"heads.radiology.bias": (2,)},
 )
 

@@ -48,7 +48,7 @@ def test_overrides_and_the_trunk_reach_the_plan():
 
 def test_without_privacy_there_is_nothing_to_plan():
     with pytest.raises(ConfigError, match=r"smoke.yaml: privacy: off"):
-        plan_federation(CONFIGS / "smoke.yaml", ["privacy=off"])
+        plan_federation(CONFIGS / "smoke.yaml", ["privacy=off", "aggregation.norm_bound=1"])
 
 
 def test_other_accountants_have_a_table_of_their_own():

@@ -15,6 +15,7 @@ PLAN = {
     "name": "unit",
     "rounds": 5,
     "min_clients": 1,
+    "aggregation": {"quorum": 1, "round_timeout_s": 60},
     "max_clients": 2,
     "training": {"local_epochs": 3},
     "data": {"synthesize": {"patients_per_specialty": 30}},
@@ -46,7 +47,7 @@ def test_another_agreement_has_another_hash(change):
 
 def test_weights_are_public_numbers():
     assert {s.weight for s in contract().sites.values()} == {1.0}
-    by_patients = contract(aggregation={"weights": "nominal_patients"})
+    by_patients = contract(aggregation={**PLAN["aggregation"], "weights": "nominal_patients"})
     assert {n: s.weight for n, s in by_patients.sites.items()} == {"alder": 60.0, "birch": 30.0}
 
 

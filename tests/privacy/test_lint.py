@@ -27,6 +27,7 @@ FEDERATION: dict[str, Any] = {
     "name": NAME,
     "rounds": 5,
     "min_clients": 1,
+    "aggregation": {"quorum": 1, "round_timeout_s": 60},
     "max_clients": 2,
     "training": {"local_epochs": 2},
     "privacy": {"reserve_rounds": 1},
@@ -298,7 +299,8 @@ def test_a_site_folder_of_ours_is_clean_and_needs_its_privacy_scope(contract: Co
 
 
 def test_with_privacy_off_there_is_no_noise_to_check(tmp_path: Path) -> None:
-    agreed = build_contract(Federation.model_validate({**FEDERATION, "privacy": "off"}), load_backbone("tiny"))
+    off = {**FEDERATION, "privacy": "off", "aggregation": {**FEDERATION["aggregation"], "norm_bound": 1.0}}
+    agreed = build_contract(Federation.model_validate(off), load_backbone("tiny"))
     FederationRecipe(agreed).write(tmp_path)
     assert lint(tmp_path) == []
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from clinifed.config import Specialty, Training
+from clinifed.config import Aggregation, Specialty, Training
 from clinifed.contract import BaseModelRef, Contract, ContractSite, Promise
 from clinifed.errors import ConfigError, PrivacyError
 from clinifed.privacy.accountant import budget_units, noise_multiplier_for
@@ -49,12 +49,12 @@ def contract() -> Build:
             "rounds": 5,
             "min_clients": 2,
             "max_clients": 2,
-            "min_updates": 2,
-            "round_timeout_s": 60,
-            "rule": "fedavg",
+            "aggregation": Aggregation(quorum=2, round_timeout_s=60),
             "sites": {
-                "alder": ContractSite(specialties=("cardiology", "radiology"), nominal_patients=200, weight=1.0),
-                "birch": ContractSite(specialties=("radiology",), nominal_patients=100, weight=1.0),
+                "alder": ContractSite(
+                    specialties=("cardiology", "radiology"), nominal_patients=200, weight=1.0, norm_bound=1
+                ),
+                "birch": ContractSite(specialties=("radiology",), nominal_patients=100, weight=1.0, norm_bound=1),
             },
             "shapes": {
                 "heads.cardiology.weight": (2, 64),
@@ -152,7 +152,8 @@ def test_a_contract_gives_a_row_for_every_site_and_specialty(contract: Build) ->
 
 def test_a_projection_that_trains_has_a_row_of_all_patients(contract: Build) -> None:
     shapes = {"trunk.projection.weight": (64, 64), "heads.radiology.weight": (2, 64), "heads.radiology.bias": (2,)}
-    sites = {"birch": ContractSite(specialties=("radiology",), nominal_patients=100, weight=1.0)}
+    birch = ContractSite(specialties=("radiology",), nominal_patients=100, weight=1.0, norm_bound=1)
+    sites = {"birch": birch, "alder": birch}
     rows = {r.specialty: r for r in plan_of_contract(contract(shapes=shapes, sites=sites)).feasibility}
     assert {name: r.parameters for name, r in rows.items()} == {"trunk": 4096, "radiology": TWO}
     assert rows["trunk"].estimated_patients == 100
