@@ -5,6 +5,7 @@ no prompts; it starts at zero.
 """
 
 import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from nvflare.apis.fl_constant import FLContextKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
+from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.workflows.model_controller import ModelController
 from nvflare.widgets.info_collector import InfoCollector
 
@@ -80,7 +82,8 @@ class FederatedRounds(ModelController):
             if not state.complete:
                 self._rounds(state)
             if state.complete and not self.abort_signal.triggered:
-                self._say(TASK_FINISH, _FINISH_S)
+                self.cancel_all_tasks()
+                self._wait(self._send(TASK_FINISH, _FINISH_S, _ignore), len(self._agreed.sites), ())
                 self._told("run_finished", counted=state.counted)
                 if not state.counted:
                     self.panic("no round had enough good updates; the model is unchanged")
@@ -90,16 +93,16 @@ class FederatedRounds(ModelController):
 
     def _rounds(self, state: RunState) -> None:
         contract = self._agreed
-        self._say(TASK_HANDSHAKE, contract.aggregation.start_timeout_s, self._hear)
-        for site in sorted(set(contract.sites) - self._agreeing):
-            self._outside.setdefault(site, "away")
+        handshake = self._send(TASK_HANDSHAKE, contract.aggregation.start_timeout_s, self._hear)
+        self._wait(handshake, contract.min_clients, self._agreeing)
         if len(self._agreeing) < contract.min_clients:
             if not self.abort_signal.triggered:
                 self.panic(
-                    f"{len(self._agreeing)} sites are ready, min_clients is {contract.min_clients}; "
-                    f"not with us: {self._outside}"
+                    f"{len(self._agreeing)} sites are ready, min_clients is {contract.min_clients}; not with us: "
+                    f"{ {s: self._outside.get(s, 'away') for s in contract.sites if s not in self._agreeing} }"
                 )
             return
+        # A site that is not ready yet may still answer, and then takes part from the next round on.
         while state.next_round < min(self.until, contract.rounds) and not self.abort_signal.triggered:
             sites = self._wait_for_quorum()
             if self.abort_signal.triggered:
@@ -138,23 +141,19 @@ class FederatedRounds(ModelController):
             current_round=number,
             total_rounds=self._agreed.rounds,
         )
-        self.broadcast_model(
+        self.set_fl_context(model)
+        # What `broadcast_model` does, but that we keep the task: another one may stand beside it.
+        task = self._prepare_task(
             data=model,
-            targets=sites,
+            task_name=AppConstants.TASK_TRAIN,
             timeout=settings.round_timeout_s,
-            blocking=False,
             callback=self.aggregator.accept_model,
         )
-        enough: float | None = None
-        while self.get_num_standing_tasks():
-            if self.abort_signal.triggered:
-                return
-            # FLARE counts error results as responses; we close early on good ones only.
-            if enough is None and len(self.aggregator.accepted) >= settings.quorum:
-                enough = time.monotonic()
-            if None not in (enough, settings.grace_s) and time.monotonic() - (enough or 0) >= (settings.grace_s or 0):
-                self.cancel_all_tasks(completion_status=TaskCompletionStatus.OK)
-            time.sleep(self._task_check_period)
+        self.broadcast(task, self.fl_ctx, targets=sites, min_responses=0)
+        self._wait(task, settings.quorum, self.aggregator.accepted)
+        self.aggregator.close()
+        if self.abort_signal.triggered:
+            return
         good = sorted(self.aggregator.accepted)
         counted = len(good) >= settings.quorum
         delta, memory = state.delta, state.memory
@@ -197,15 +196,29 @@ class FederatedRounds(ModelController):
             figures |= {} if loss is None else {f"train_loss/{site}": loss}
         track(self, figures, number, self.fl_ctx)
 
-    def _say(self, name: str, timeout_s: int, heard: Any = None) -> None:
-        """Send a task of ours to every site of the contract that is in this job, and wait for the answers."""
+    def _send(self, name: str, timeout_s: int, heard: Callable[[ClientTask, FLContext], None]) -> Task:
+        """Send a task of ours to every site of the contract that is in this job."""
         present = {client.name for client in self.engine.get_clients()}
-        targets = sorted(present & set(self._agreed.sites))
-        if not targets:
-            return
-        task = Task(name, data=Shareable(), timeout=timeout_s, result_received_cb=heard or _ignore)
-        self.broadcast(task, self.fl_ctx, targets=targets, min_responses=0)
-        while self.get_num_standing_tasks() and not self.abort_signal.triggered:
+        task = Task(name, data=Shareable(), timeout=timeout_s, result_received_cb=heard)
+        if targets := sorted(present & set(self._agreed.sites)):
+            self.broadcast(task, self.fl_ctx, targets=targets, min_responses=0)
+        else:  # to FLARE, nobody would mean everybody
+            task.completion_status = TaskCompletionStatus.OK
+        return task
+
+    def _wait(self, task: Task, needed: int, good: Collection[str]) -> None:
+        """Wait for the end of ``task``: all have answered, its deadline, or ``grace_s`` after ``good`` were enough.
+
+        FLARE counts error results as responses; we close early on good ones only.
+        """
+        grace_s, enough = self._agreed.aggregation.grace_s, 0.0
+        while task.completion_status is None and not self.abort_signal.triggered:
+            if not enough and len(good) >= needed:
+                enough = time.monotonic()
+            if enough and grace_s is not None and time.monotonic() - enough >= grace_s:
+                if task.name == AppConstants.TASK_TRAIN:
+                    self.cancel_task(task, completion_status=TaskCompletionStatus.OK)
+                return
             time.sleep(self._task_check_period)
 
     def _hear(self, client_task: ClientTask, fl_ctx: FLContext) -> None:
@@ -223,6 +236,7 @@ class FederatedRounds(ModelController):
             self.warning(f"{site} takes no part in this job ({reason}) {why}")
         else:
             self._agreeing.add(site)
+            self._outside.pop(site, None)
             self._told("site_ready", site=site)
         client_task.result = None
 

@@ -23,7 +23,11 @@ def disagreements(told: Any, contract: Contract) -> tuple[str, str]:
     }
     if not isinstance(told, dict):
         return "wrong_handshake", f"it answered {type(told).__name__}"
-    wrong = {key: (told.get(key), value) for key, value in expected.items() if told.get(key) != value}
+    said = {key: told.get(key) for key in expected}
+    # Of a foreign type, a comparison might be anything: an array has no truth, and an object its own idea of equality.
+    wrong = {
+        key: (said[key], value) for key, value in expected.items() if type(said[key]) is not str or said[key] != value
+    }
     if not wrong:
         return "", ""
     # The first is the reason for tables; the text has them all. A site's word is cut: it may be anything.

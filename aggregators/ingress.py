@@ -1,12 +1,15 @@
 """Strict checks of one update, whole, before it touches the aggregate: accepted, or refused with a reason."""
 
+import math
 import re
 from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 
 from clinifed.contract import Contract
 from clinifed.errors import UpdateError
+from clinifed.files import canonical_json
 from clinifed.messages import DECLARABLE, META_KEYS, SIGNED, Update, allowed_names, release_sha256, update_norm
 from clinifed.privacy.claims import disagreements
 from clinifed.privacy.signing import verify
@@ -14,6 +17,8 @@ from clinifed.privacy.signing import verify
 __all__ = ["check_update"]
 
 _NONCE = re.compile(r"[0-9a-f]{32}")
+_MOST = 10**12  # of patients, images or labels, whatever a site says
+_SHORT = 200  # characters of a site's own words in a log
 
 
 def check_update(
@@ -31,6 +36,7 @@ def check_update(
         - One update per site and round, for the current round and this contract.
         - A site whose key the contract names is taken at its signature only.
         - A claim that is incomplete, or not of this contract, is refused.
+        - What is accepted can be written down: the metadata is JSON, and each declared figure has its own form.
 
     Raises:
         UpdateError: ``reason`` is one of unknown_site, wrong_round, duplicate, wrong_job, replayed, wrong_contract,
@@ -48,8 +54,8 @@ def check_update(
     if set(update.params) != expected:
         raise UpdateError(
             "wrong_names",
-            f"{name}: unexpected {sorted(set(update.params) - expected)}, "
-            f"missing {sorted(expected - set(update.params))}",
+            f"{name}: unexpected {_names(set(update.params) - expected)}, "
+            f"missing {_names(expected - set(update.params))}",
         )
     for key, value in update.params.items():
         if not isinstance(value, np.ndarray) or value.dtype != np.float32:
@@ -77,12 +83,20 @@ def _check_meta(update: Update, contract: Contract, job: str, seen: Collection[s
     extra = set(meta) - set(META_KEYS)
     extra |= set(declared) - set(DECLARABLE) if isinstance(declared, dict) else {"declared"}
     if extra:
-        raise UpdateError("wrong_meta", f"{name} sent metadata {sorted(extra)}")
+        raise UpdateError("wrong_meta", f"{name} sent metadata {_names(extra)}")
+    try:
+        canonical_json(dict(meta))  # it is hashed, and recorded with the round
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UpdateError("wrong_meta", f"{name} sent metadata that is no JSON ({type(error).__name__})") from None
+    labels = {n: len(contract.specialties[n].labels) for n in contract.sites[name].specialties}
+    malformed = [key for key, value in declared.items() if not _well_formed(key, value, labels)]
+    if malformed:
+        raise UpdateError("wrong_meta", f"{name} declared {_names(malformed)} in another form than theirs")
     if meta.get("job") != job:
-        raise UpdateError("wrong_job", f"{name} sent an update of job {meta.get('job')!r} into {job!r}")
+        raise UpdateError("wrong_job", f"{name} sent an update of job {meta.get('job')!r:.{_SHORT}} into {job!r}")
     nonce = meta.get("nonce")
     if not isinstance(nonce, str) or not _NONCE.fullmatch(nonce):
-        raise UpdateError("wrong_meta", f"{name} sent nonce {nonce!r}")
+        raise UpdateError("wrong_meta", f"{name} sent nonce {nonce!r:.{_SHORT}}")
     if nonce in seen:
         raise UpdateError("replayed", f"{name} sent an update that was accepted before")
     wrong = disagreements(claim, contract, name)
@@ -90,3 +104,29 @@ def _check_meta(update: Update, contract: Contract, job: str, seen: Collection[s
         wrong.append("ledger_head is another one than the claim's")
     if wrong:
         raise UpdateError("wrong_claim", *(f"{name}: {text}" for text in wrong))
+
+
+def _names(names: Collection[Any]) -> str:
+    """For a log: a site may have sent anything, and as much as it likes."""
+    return str(sorted(map(str, names)))[:_SHORT]
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST
+
+
+def _well_formed(key: str, value: Any, labels: dict[str, int]) -> bool:
+    """Whether a declared figure has the form in which it is recorded, averaged and printed.
+
+    Args:
+        labels: the site's specialties, and how many labels each has.
+    """
+    if key == "train_loss":
+        return isinstance(value, float) and math.isfinite(value)
+    if key == "label_counts":
+        return (
+            isinstance(value, dict)
+            and set(value) <= set(labels)
+            and all(isinstance(c, list) and len(c) == labels[n] and all(map(_count, c)) for n, c in value.items())
+        )
+    return _count(value)  # of patients, of images

@@ -1,5 +1,6 @@
 """The FLARE aggregator: stages every update of a round, checked whole, and averages by specialty."""
 
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -38,14 +39,27 @@ class SpecialtyAggregator(ModelAggregator):
         self.told: Callable[..., None] = lambda kind, **what: None  # the controller's event log
         self.accepted: dict[str, Update] = {}
         self.refused: dict[str, str] = {}
+        self._lock, self._open = threading.Lock(), True  # FLARE's threads bring updates while the controller waits
 
     def reset_stats(self) -> None:
-        """Forget the updates of the round before."""
-        self.accepted, self.refused = {}, {}
+        """Forget the updates of the round before, and take those of the next."""
+        with self._lock:
+            self.accepted, self.refused, self._open = {}, {}, True
+
+    def close(self) -> None:
+        """Take no more updates in this round; what is being checked at this moment is waited for."""
+        with self._lock:
+            self._open = False
 
     def accept_model(self, model: FLModel) -> bool:
         """Stage one update, or refuse it with a named reason; never raises. Returns whether it was taken."""
-        site = str(model.meta.get("client_name"))
+        with self._lock:
+            return self._accept(model, str(model.meta.get("client_name")))
+
+    def _accept(self, model: FLModel, site: str) -> bool:
+        if not self._open:
+            self.told("late", round=self.round, site=site)
+            return False
         try:
             if model.params_type != ParamsType.DIFF:
                 raise UpdateError("not_diff", f"{site} sent {model.params_type}, not a DIFF")
@@ -55,6 +69,9 @@ class SpecialtyAggregator(ModelAggregator):
             check_update(update, self._agreed, self.round, site in self.accepted, self.job, self.nonces)
         except UpdateError as error:
             self.refuse(site, error.reason, str(error))
+            return False
+        except Exception as error:  # what a site sends may be anything; the round goes on without it
+            self.refuse(site, "malformed", type(error).__name__)
             return False
         self.accepted[site] = update
         self.refused.pop(site, None)

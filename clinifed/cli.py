@@ -13,11 +13,9 @@ from typing import Any
 from clinifed import __version__
 from clinifed.cli_federation import add_federation_verbs, spelled_out
 from clinifed.cli_privacy import add_privacy_verbs
-from clinifed.errors import ClinifedError
+from clinifed.errors import INTERRUPTED, ClinifedError
 
 __all__ = ["build_parser", "main"]
-
-_INTERRUPTED = 130  # 128 + SIGINT, as shells expect
 
 
 class _Console:
@@ -285,4 +283,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("clinifed: interrupted; everything started has been ended", file=sys.stderr)
-        sys.exit(_INTERRUPTED)
+        sys.exit(INTERRUPTED)

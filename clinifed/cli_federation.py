@@ -1,11 +1,12 @@
 """``clinifed poc``, ``provision``, ``preflight``, ``submit``, ``status``: federations of real processes."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from clinifed.errors import ConfigError, FederationError
+from clinifed.errors import INTERRUPTED, ConfigError, FederationError
 
 __all__ = ["add_federation_verbs", "spelled_out"]
 
@@ -53,10 +54,21 @@ def _up(args: argparse.Namespace, console: _Console) -> None:
     console.result({"out": str(args.out)}, f"up; next: clinifed poc submit {args.out}")
 
 
+@contextmanager
+def _goes_on(out: Path, console: _Console) -> Iterator[None]:
+    """Ctrl-C ends the watching, not the run: it is the server's."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.progress(f"interrupted; the run goes on at the server: clinifed submit --resume {out} follows it")
+        raise SystemExit(INTERRUPTED) from None
+
+
 def _poc_submit(args: argparse.Namespace, console: _Console) -> None:
     from clinifed.jobs.poc import poc_submit
 
-    _told(poc_submit(args.out, console.progress), console)
+    with _goes_on(args.out, console):
+        _told(poc_submit(args.out, console.progress), console)
 
 
 def _down(args: argparse.Namespace, console: _Console) -> None:
@@ -98,13 +110,16 @@ def _submit(args: argparse.Namespace, console: _Console) -> None:
     if args.resume is not None:
         if args.config is not None or given:
             raise ConfigError(f"--resume {args.resume}: the run's configuration, kit and directory stand there")
-        _told(resume(args.resume.resolve(), console.progress), console)
+        with _goes_on(args.resume, console):
+            _told(resume(args.resume.resolve(), console.progress), console)
         return
     missing = [name for name, value in (("CONFIG", args.config), ("--admin-kit", args.admin_kit)) if value is None]
     missing += [] if args.out is not None else ["--out"]
     if missing:
         raise ConfigError(f"submit: {', '.join(missing)} missing; or --resume RUN")
-    _told(submit(_federation(args), args.admin_kit, args.out.resolve(), console.progress), console)
+    federation = _federation(args)
+    with _goes_on(args.out, console):
+        _told(submit(federation, args.admin_kit, args.out.resolve(), console.progress), console)
 
 
 def add_federation_verbs(verbs: Any, verb: Callable[..., argparse.ArgumentParser]) -> None:

@@ -147,6 +147,16 @@ def _increase(args: argparse.Namespace, console: _Console) -> None:
     _show(args, console)
 
 
+def _free(args: argparse.Namespace, console: _Console) -> None:
+    from clinifed.privacy.ledger import Ledger, read_ledger
+
+    state, account, _ = read_ledger(args.path, args.anchor)
+    if args.job not in account.jobs:
+        raise ConfigError(f"{args.path}: no job {args.job!r}; `clinifed privacy ledger show` lists them")
+    Ledger(args.path, state.site, _budget(state.epsilon_budget, state.delta), args.anchor).finish(args.job)
+    _show(args, console)
+
+
 def _touched(args: argparse.Namespace, console: _Console) -> None:
     from dataclasses import asdict
 
@@ -216,6 +226,8 @@ def _ledger_verbs(group: Any, verb: Callable[..., argparse.ArgumentParser]) -> N
     backup = ledger("backup", _backup, "a verified copy; refuses to replace a longer one")
     backup.add_argument("--to", type=Path, metavar="FOLDER", help="best on another disk (default: PATH.backup)")
     ledger("migrate", _migrate, "go on with a ledger of an older format")
+    free = ledger("free", _free, "a run will not go on: what is left of its reservation returns to the budget")
+    free.add_argument("--job", required=True, help="the run's name, as `show` lists it; it can be charged no more")
     increase = ledger("increase", _increase, "a larger budget, asked for by one person and signed by another")
     increase.add_argument("--epsilon", type=float, required=True, help="the new lifetime budget")
     increase.add_argument("--requested-by", required=True)

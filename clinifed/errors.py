@@ -17,6 +17,7 @@
 from collections.abc import Sequence
 
 __all__ = [
+    "INTERRUPTED",
     "BudgetExceededError",
     "ClinifedError",
     "ConfigError",
@@ -28,6 +29,9 @@ __all__ = [
     "PrivacyError",
     "UpdateError",
 ]
+
+
+INTERRUPTED = 130  # exit code after Ctrl-C: 128 + SIGINT, as shells expect
 
 
 class ClinifedError(Exception):

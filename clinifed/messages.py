@@ -105,9 +105,8 @@ def projected(params: Parameters, bound: float) -> Parameters:
     Guarantees:
         - The norm of what is returned is at most ``bound``.
     """
-    norm, scaled = update_norm(params), params
-    while norm > bound:  # once, but for the last bit that rounding to float32 may add
-        factor = np.float32(bound / norm * (1 - 1e-6))
-        scaled = {name: value * factor for name, value in scaled.items()}
-        norm = update_norm(scaled)
+    norm, scaled, margin = update_norm(params), params, 1 - 1e-6  # more than rounding to float32 may add
+    while update_norm(scaled) > bound:  # again only beneath the smallest normal number, where rounding adds much
+        factor, margin = bound / norm * margin, margin / 2
+        scaled = {name: (value * np.float64(factor)).astype(np.float32) for name, value in params.items()}
     return scaled

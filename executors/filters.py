@@ -88,7 +88,10 @@ class ReleaseFilter(Filter):
 
     def _update(self, shareable: Shareable, site: str) -> Update:
         """The update in ``shareable``, which must hold it and nothing else."""
-        dxo = from_shareable(shareable)
+        try:
+            dxo = from_shareable(shareable)
+        except ValueError:
+            raise PrivacyError(f"site {site}: a result that is neither an update nor a handshake stays here") from None
         headers = shareable.get(ReservedHeaderKey.HEADERS, {})
         plain = to_shareable(Update(site, 0, {}))  # what FLARE's own form of an update has
         strange = sorted(map(str, set(shareable) - set(plain)))

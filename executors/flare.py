@@ -74,8 +74,10 @@ class SiteExecutor(Executor):
         return Contract.read(self.contract)
 
     def _start(self, fl_ctx: FLContext) -> tuple[SitePolicy, TrainerProcess]:
-        """The site's policy, and its running trainer."""
+        """The site's policy, and its running trainer; a policy that was changed counts from this moment on."""
         policy = policy_of(fl_ctx)
+        if self._trainer is not None and self._trainer.policy != policy:
+            self._trainer.stop()
         if self._trainer is None or not self._trainer.alive:
             self._trainer = TrainerProcess(self._agreed, policy, self.run, _coordinator(fl_ctx))
         return policy, self._trainer

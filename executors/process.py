@@ -36,6 +36,7 @@ class TrainerProcess:
     """
 
     def __init__(self, contract: Contract, policy: SitePolicy, job: str, coordinator: str) -> None:
+        self.policy = policy
         policy.log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         log = os.open(policy.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, OWNER_ONLY)
         # FLARE's credentials of this job are no business of the trainer.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import NameOID
 from nvflare.app_common.logging.constants import ALLOW_LOG_STREAMING_VAR
 from nvflare.app_common.widgets.component_path_authorizer import CLASS_ALLOW_LIST, CLASS_LIST_ENFORCEMENT_MODE
@@ -21,7 +22,9 @@ __all__ = [
     "ALLOWED_CLASSES",
     "AUTHORIZATION",
     "COORDINATOR_ROLE",
+    "HEART_BEAT_TIMEOUT_S",
     "LAUNCHERS",
+    "LAUNCHER_ID",
     "SERVER",
     "SERVER_GUARDS",
     "STORAGE",
@@ -60,10 +63,12 @@ _STORAGE_CLASS = "clinifed.jobs.kit_storage.KitStorage"
 HEART_BEAT_TIMEOUT_S = 30.0  # three heartbeats of a site (10 s): after them it is dead
 ADMIN_TIMEOUT_S = 10.0  # the server's wait for a site's answer when it deploys or starts a job
 RETRY_TIMEOUT_S = 30.0  # a site's wait for the server before it tries again
+ANSWER_S = 20.0  # a site's wait for any answer but that to its update; FLARE's 300 outlast a firewall that swallows one
+HEART_BEAT_ANSWER_S = 5.0  # a site's wait for the answer to a heartbeat; with FLARE's 30 one lost beat makes it dead
 # Which of a kit's settings are time-outs, and the most that preflight accepts of each.
 TIME_LIMITS: dict[Role, dict[str, float]] = {
     "server": {"servers[0].heart_beat_timeout": 60.0, "servers[0].admin_timeout": 60.0},
-    "site": {"client.retry_timeout": 300.0},
+    "site": {"client.retry_timeout": 300.0, "client.communication_timeout": 60.0, "client.maint_msg_timeout": 10.0},
     "admin": {
         "admin.idle_timeout": 3600.0,
         "admin.login_timeout": 60.0,
@@ -110,7 +115,12 @@ def site_resources() -> dict[str, Any]:
     managers = "nvflare.app_common"
     return {
         **job_rules(),
-        "client": {"retry_timeout": RETRY_TIMEOUT_S, "compression": "Gzip"},
+        "client": {
+            "retry_timeout": RETRY_TIMEOUT_S,
+            "communication_timeout": ANSWER_S,
+            "maint_msg_timeout": HEART_BEAT_ANSWER_S,
+            "compression": "Gzip",
+        },
         "components": [
             _component(
                 "resource_manager",
@@ -203,6 +213,11 @@ class Kit:
         """The private key of its certificate."""
         base = CertFileBasename.SERVER if self.role == "server" else CertFileBasename.CLIENT
         return self.startup / f"{base}.key"
+
+    @property
+    def root_fingerprint(self) -> str:
+        """SHA-256 of the root's certificate, to be compared with the coordinator's over another channel."""
+        return self.root.fingerprint(hashes.SHA256()).hex()
 
     @property
     def address(self) -> tuple[str, int]:

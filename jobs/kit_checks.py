@@ -83,7 +83,7 @@ def startup_is_signed(kit: Kit) -> Iterator[str]:
 
 
 def certificate_is_valid(kit: Kit) -> Iterator[str]:
-    """The certificate is by the root, in time, and belongs to the key; so does the connection ask for both ends'."""
+    """The certificate is by the root, in time, and belongs to the key; connections ask for those of both ends."""
     now, root = datetime.now(UTC), kit.startup / "rootCA.pem"
     path = kit.key.with_suffix(".crt")
     for certificate, file in ((kit.certificate, path), (kit.root, root)):

@@ -152,6 +152,7 @@ def preflight(path: Path, *, flare: bool = True, patience_s: float = 75.0) -> Pr
         outcome: Outcome = flare_check(kit, patience_s)
         checks[FLARE_CHECK] = outcome.problems
         notes.append(f"{FLARE_CHECK}: {outcome.says}")
+    notes.append(f"federation's root {kit.root_fingerprint}; compare it with the coordinator's")
     expires = kit.certificate.not_valid_after_utc
     notes.append(f"certificate valid until {expires:%Y-%m-%d}, {(expires - datetime.now(UTC)).days} days")
     return Preflight(kit.path, kit.name, kit.role, checks, tuple(notes), expires)

@@ -224,6 +224,7 @@ def provision(
         progress(f"{name}: new kit, certificate valid until {kit.certificate.not_valid_after_utc:%Y-%m-%d}")
     for name in there:
         progress(f"{name}: has its kit; unchanged")
+    progress(f"the federation's root is {read_kit(out / SERVER).root_fingerprint}; say so to whom you send a kit")
     for name in sorted(p.parent.name for p in out.glob("*/startup") if p.parent.name not in names):
         progress(
             f"{name}: the configuration no longer names it. Its kit stays, and its certificate is valid until it "

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from nvflare.apis.event_type import EventType
@@ -95,12 +96,12 @@ class IdentityGuard(FLComponent):
         - On anything but the server of a federation it stops the start.
 
     Raises:
-        ConfigError: ``silence_s`` is no number above 10.
+        ConfigError: ``silence_s`` is no finite number above 10.
     """
 
     def __init__(self, silence_s: float = 2 * _HEARTBEAT_S) -> None:
         super().__init__()
-        if isinstance(silence_s, bool) or not isinstance(silence_s, int | float) or not silence_s > _HEARTBEAT_S:
+        if isinstance(silence_s, bool) or not isinstance(silence_s, int | float) or not _HEARTBEAT_S < silence_s < inf:
             raise ConfigError(
                 f"resources.json:components.identity_guard.args.silence_s: {silence_s!r}; give more than "
                 f"{_HEARTBEAT_S:g} seconds, FLARE's heartbeat interval: every site is silent between two heartbeats"
@@ -154,9 +155,12 @@ class IdentityGuard(FLComponent):
         """Whether a connection of that name may take the place of the one before. Raises ValueError if not."""
         session = self._heard(site)
         with self._lock:
+            if session is None:
+                self._claims.pop(site, None)
+                return
             held, connected = self._held.get(site), self._connected.get(site)
-            if session is None or connected is None or not connected.connections or connected.endpoint is not held:
-                return  # not alive, or not connected, or connected by one that never proved to be the session's
+            if connected is None or not connected.connections or connected.endpoint is not held:
+                return  # not connected, or on a connection that never proved to be the session's
             self._claim(site, "connects", session[1])
         raise ValueError(f"{site} is alive and connected")
 

@@ -1,14 +1,18 @@
 """Ingress: an update is accepted whole or refused with a named reason."""
 
+import inspect
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from clinifed.aggregators import ingress
 from clinifed.aggregators.ingress import check_update
 from clinifed.errors import UpdateError
+from clinifed.messages import update_norm
 
-from .conftest import JOB
+from .conftest import JOB, SITES
 
 HEAD, TRUNK = "heads.radiology.weight", "trunk.projection.weight"
 
@@ -62,8 +66,24 @@ HOSTILE = {
         lambda u: told(u, nonce=7),
         lambda u: told(u, declared={"patient_names": ["x"]}),
         lambda u: told(u, declared=["patient_count"]),
+        lambda u: told(u, declared={"train_loss": float("nan")}),
+        lambda u: told(u, declared={"train_loss": "low"}),
+        lambda u: told(u, declared={"patient_count": -1}),
+        lambda u: told(u, declared={"patient_count": True}),
+        lambda u: told(u, declared={"image_count": 10**30}),
+        lambda u: told(u, declared={"label_counts": {"radiology": [1, "MILLER^ANNA"]}}),
+        lambda u: told(u, declared={"label_counts": {"dermatology": [1, 2]}}),
+        lambda u: claimed(u, epsilon=float("nan")),
+        lambda u: told(u, signature=b"x"),
+        lambda u: told(u, nonce="A" * 32),
+        lambda u: told(u, nonce="a" * 31),
     ],
-    "wrong_job": [lambda u: told(u, job="another")],
+    "wrong_job": [lambda u: told(u, job="another"), lambda u: told(u, job=None)],
+    "too_long": [
+        lambda u: spoil(u, **{HEAD: u.params[HEAD] + np.float32(100)}),
+        lambda u: spoil(u, **{n: np.full_like(v, 25) for n, v in u.params.items()}),  # each array alone is short
+        lambda u: spoil(u, **{TRUNK: np.full_like(u.params[TRUNK], np.finfo(np.float32).max)}),
+    ],
     "wrong_claim": [
         lambda u: claimed(u, epsilon=-1.0),
         lambda u: claimed(u, delta=None),
@@ -81,6 +101,63 @@ def test_a_hostile_update_is_refused_with_its_reason(contract, updates, reason, 
     with pytest.raises(UpdateError) as caught:
         check_update(change(updates["alder"]), contract, 1, False, JOB)
     assert caught.value.reason == reason
+
+
+def test_every_reason_that_ingress_gives_has_a_test():
+    given = set(re.findall(r'UpdateError\(\s*"(\w+)"', inspect.getsource(ingress)))
+    assert given == {*HOSTILE, "wrong_signature", "replayed", "duplicate"}
+    assert given == set(re.findall(r"\b\w+_\w+\b|duplicate|replayed", (check_update.__doc__ or "").split("one of")[1]))
+
+
+def test_an_update_on_the_bound_passes_and_one_beyond_it_does_not(contract, updates, signed):
+    update = updates["alder"]
+    norm = update_norm(update.params)
+
+    def bounded(bound):
+        sites = {**contract.sites, "alder": contract.sites["alder"].model_copy(update={"norm_bound": bound})}
+        agreed = contract.model_copy(update={"sites": sites})
+        claim = {**update.meta["claim"], "contract_sha256": agreed.sha256()}
+        check_update(signed(told(update, claim=claim)), agreed, 1, False, JOB)
+
+    bounded(norm)
+    with pytest.raises(UpdateError, match=f"L2 norm is {norm:.6g}, the contract's bound") as caught:
+        bounded(np.nextafter(norm, 0))
+    assert caught.value.reason == "too_long"
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_a_site_sends_its_own_specialties_no_more_and_no_less(contract, updates, signed, site):
+    mine = {n for n in contract.shapes if not n.startswith("heads.") or n.split(".")[1] in SITES[site]}
+    assert set(updates[site].params) == mine
+    for name in contract.shapes:
+        params = dict(updates[site].params)
+        if name in mine:
+            del params[name]
+        else:
+            params[name] = np.zeros(contract.shapes[name], np.float32)
+        with pytest.raises(UpdateError, match=name) as caught:
+            check_update(signed(replace(updates[site], params=params)), contract, 1, False, JOB)
+        assert caught.value.reason == "wrong_names"
+
+
+def test_what_a_site_says_is_cut_in_the_reason(contract, updates):
+    for change in (
+        lambda u: spoil(u, **{"x" * 10**6: np.zeros(1, np.float32)}),
+        lambda u: told(u, job="x" * 10**6),
+        lambda u: told(u, nonce="x" * 10**6),
+        lambda u: told(u, **{"x" * 10**6: 1}),
+        lambda u: told(u, declared={"x" * 10**6: 1}),
+    ):
+        with pytest.raises(UpdateError) as caught:
+            check_update(change(updates["alder"]), contract, 1, False, JOB)
+        assert len(str(caught.value)) < 1000
+
+
+def test_declared_figures_in_their_own_form_pass(contract, updates, signed):
+    figures = {"patient_count": 5, "image_count": 9, "label_counts": {"radiology": [4, 5]}, "train_loss": 0.5}
+    counts = [1] * len(contract.specialties["radiology"].labels)
+    declared = {**figures, "label_counts": {"radiology": counts}}
+    check_update(signed(told(updates["alder"], declared=declared)), contract, 1, False, JOB)
 
 
 CHANGED = {

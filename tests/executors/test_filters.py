@@ -17,7 +17,7 @@ from clinifed.errors import PrivacyError
 from clinifed.executors.filters import ReleaseFilter, privacy_scope, to_shareable
 from clinifed.executors.flare import SiteExecutor, _refuse_open_door
 from clinifed.executors.release import Releases
-from clinifed.messages import META_KEYS, Update
+from clinifed.messages import META_KEYS, TASK_HANDSHAKE, Update
 from clinifed.policy import POLICY_FOLDER, SitePolicy
 
 from .conftest import JOB
@@ -181,3 +181,59 @@ def test_the_executor_answers_no_other_task(contract, tmp_path):
     executor = SiteExecutor(contract.text(), "run")
     reply = executor.execute("submit_model", Shareable(), context(tmp_path), SimpleNamespace(triggered=False))
     assert reply.get_return_code() == ReturnCode.TASK_UNKNOWN
+
+
+WORDS = {"contract_sha256": "a" * 64, "clinifed_version": "0.1.0+local", "base_model_sha256": "0" * 64}
+
+
+def handshake(words, **beside) -> Shareable:
+    reply = make_reply(ReturnCode.OK)
+    reply[TASK_HANDSHAKE] = words
+    reply.update(beside)
+    return reply
+
+
+class TestHandshake:
+    """The handshake leaves as three words of a fixed form: two hashes and a version."""
+
+    def test_the_three_words_leave_and_nothing_else(self, site):
+        sent = handshake(dict(WORDS))
+        sent.set_header("path", "/data/MILLER^ANNA")
+        left = leave(site, sent)
+        assert dict(left) == {ReservedHeaderKey.HEADERS: {ReservedHeaderKey.RC: ReturnCode.OK}, TASK_HANDSHAKE: WORDS}
+
+    def test_it_leaves_before_the_site_has_a_policy(self, tmp_path):
+        left = ReleaseFilter().process(handshake(WORDS), context(tmp_path / "nothing"))
+        assert left[TASK_HANDSHAKE] == WORDS
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            {},
+            None,
+            "abc",
+            [WORDS],
+            {k: v for k, v in WORDS.items() if k != "clinifed_version"},
+            {**WORDS, "patients": "12"},
+            *(
+                {**WORDS, key: value}
+                for key in WORDS
+                for value in ("MILLER^ANNA", "", None, 12, "a" * 65, "a" * 64 + "\n")
+            ),
+            {**WORDS, "contract_sha256": "A" * 64},
+            {**WORDS, "clinifed_version": "1 2"},
+            {**WORDS, "clinifed_version": "١"},
+        ],
+    )
+    def test_another_form_does_not_leave(self, site, words):
+        with pytest.raises(PrivacyError, match="a handshake holds contract_sha256, clinifed_version"):
+            leave(site, handshake(words))
+
+    def test_with_something_beside_it_it_does_not_leave(self, site):
+        with pytest.raises(PrivacyError, match="neither an update nor a handshake"):
+            leave(site, handshake(WORDS, more="MILLER^ANNA"))
+
+    def test_a_bare_ok_leaves_empty(self, site):
+        reply = make_reply(ReturnCode.OK)
+        reply.set_header("path", "/data/MILLER^ANNA")
+        assert dict(leave(site, reply)) == {ReservedHeaderKey.HEADERS: {ReservedHeaderKey.RC: ReturnCode.OK}}

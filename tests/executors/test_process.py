@@ -16,6 +16,7 @@ from clinifed.errors import FederationError
 from clinifed.executors.flare import SIMULATOR
 from clinifed.executors.frames import read_frame, write_frame
 from clinifed.executors.process import TrainerGoneError, TrainerProcess
+from clinifed.privacy.ledger import Ledger
 from clinifed.privacy.outbox import unpack
 
 from .conftest import JOB
@@ -152,3 +153,10 @@ def test_a_frame_comes_back_as_it_was_and_a_torn_one_not_at_all(body):
 def test_a_stream_that_is_no_frame_is_refused():
     with pytest.raises(FederationError, match="not one of ours"):
         read_frame(lambda size: b"\xff" * size)
+
+
+def test_the_handshake_names_the_base_model_and_gets_ready_without_a_charge(trainer, contract, site):
+    assert trainer.hello(never, 120).header == {"base_model_sha256": contract.base_model.sha256}
+    assert Ledger.of(site).state().reserved_units > 0
+    assert Ledger.of(site).state().spent_units == 0
+    assert trainer.hello(never, 120).header == {"base_model_sha256": contract.base_model.sha256}

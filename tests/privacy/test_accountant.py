@@ -5,6 +5,7 @@ from functools import cache
 from itertools import permutations, product
 
 import dp_accounting
+import numpy as np
 import pytest
 from dp_accounting.pld import PLDAccountant
 from scipy.optimize import brentq
@@ -17,6 +18,7 @@ from clinifed.privacy.accountant import (
     epsilon_of,
     mu_squared,
     noise_multiplier_for,
+    update_norm_bound,
 )
 
 DELTA = 1e-5
@@ -120,3 +122,60 @@ def test_a_release_without_noise_has_no_cost(sigma: float) -> None:
 def test_no_releases_are_refused() -> None:
     with pytest.raises(PrivacyError, match="releases=0"):
         noise_multiplier_for(1.0, DELTA, 0)
+
+
+BOUND = {"learning_rate": 4.0, "steps": 3, "dimension": 200}
+
+
+@pytest.mark.parametrize("exceeded", [0.5, 0.1, 1e-2, 1e-3])
+def test_noise_alone_goes_beyond_its_part_of_the_bound_as_often_as_claimed(exceeded: float) -> None:
+    dice, draws = np.random.default_rng(5), 20_000
+    sigma, clip, patients, steps = 2.0, 1.5, 40, 3
+    bound = update_norm_bound(sigma, clip, patients, **BOUND, exceeded=exceeded)
+    total = np.zeros((draws, 200))
+    for _ in range(steps):  # as the sites make it: every step adds its own noise
+        total += 4.0 * sigma * clip / patients * dice.normal(size=total.shape)
+    norms = np.linalg.norm(total, axis=1)
+    beyond = float(np.mean(norms > bound - 4.0 * steps * clip))
+    assert beyond == pytest.approx(exceeded, abs=4 * np.sqrt(exceeded * (1 - exceeded) / draws))
+
+
+def test_honest_updates_are_longer_than_the_bound_in_less_than_one_of_a_hundred() -> None:
+    """The worst of honest sites: all patients pull one way at the full clip in every step."""
+    dice, draws, dimension = np.random.default_rng(6), 4_000, 200
+    for sigma, patients, steps in ((0.5, 1000, 1), (2.0, 40, 3), (26.0, 10, 2)):
+        shape = {"learning_rate": 4.0, "steps": steps, "dimension": dimension}
+        bound = update_norm_bound(sigma, 1.0, patients, **shape)
+        noise = np.sqrt(steps) * 4.0 * sigma / patients * dice.normal(size=(draws, dimension))
+        noise[:, 0] += 4.0 * steps
+        assert np.mean(np.linalg.norm(noise, axis=1) > bound) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("sooner", "later"),
+    [
+        ({"noise_multiplier": 1.0}, {"noise_multiplier": 1.1}),
+        ({"max_grad_norm": 1.0}, {"max_grad_norm": 1.1}),
+        ({"nominal_patients": 11}, {"nominal_patients": 10}),
+        ({"learning_rate": 1.0}, {"learning_rate": 1.1}),
+        ({"steps": 1}, {"steps": 2}),
+        ({"dimension": 100}, {"dimension": 101}),
+        ({"exceeded": 1e-2}, {"exceeded": 1e-3}),
+    ],
+)
+def test_the_bound_grows_with_what_makes_an_update_longer(sooner: dict, later: dict) -> None:
+    common = {
+        "noise_multiplier": 1.0,
+        "max_grad_norm": 1.0,
+        "nominal_patients": 10,
+        "learning_rate": 1.0,
+        "steps": 1,
+        "dimension": 100,
+    }
+    assert 0 < update_norm_bound(**{**common, **sooner}) < update_norm_bound(**{**common, **later}) < float("inf")
+
+
+@pytest.mark.parametrize("dimension", [1, 10**6, 10**8])
+def test_the_bound_is_finite_and_above_the_noise_at_every_size(dimension: int) -> None:
+    bound = update_norm_bound(1.0, 1.0, 1, learning_rate=1.0, steps=1, dimension=dimension)
+    assert 1 + dimension**0.5 < bound < 1 + dimension**0.5 + 4

@@ -1,0 +1,122 @@
+"""What is no crash: slow sites, full disks, damaged ledgers, changed policies, broken networks, two jobs at once."""
+
+import threading
+import time
+import uuid
+
+import pytest
+
+from clinifed.files import read_lines
+from clinifed.jobs.kit_processes import coordinator_session
+from clinifed.jobs.prepare import write_policy
+from clinifed.jobs.recipe import FederationRecipe
+from clinifed.policy import Budget
+from clinifed.privacy.ledger import Ledger
+
+from .federation import SITES, LiveFederation
+
+pytestmark = pytest.mark.faults
+
+EVERYBODY = list(SITES)
+DEADLINE_S = 15
+
+
+def test_troubles_of_sites_cost_the_round_that_site_and_the_ledger_never_undercounts(live: LiveFederation) -> None:
+    """One trouble a round, another site each time; a quiet round after each policy or ledger that was mended."""
+    live.fault("alder", "before-noise", "stop", round=0)  # the trainer hangs, its charge made
+    live.fault("birch", "answered", "sleep", round=1, seconds=DEADLINE_S + 5)  # the answer is late
+    live.fault("cedar", "outbox-write", "full", round=2)  # charged, and the release cannot be kept
+    live.fault("alder", "ledger-write", "full", round=3)  # the charge cannot be written down
+    live.fault("server", "weights-written-not-yet", "full", round=4)
+    damaged: dict[str, bytes] = {}
+
+    def told(text: str) -> None:
+        ledger = live.policies["birch"].ledger
+        if text.startswith("round 5 of"):  # before round 5, counted from 0: somebody edits a ledger
+            damaged["ledger"] = ledger.read_bytes()
+            ledger.write_bytes(damaged["ledger"].replace(b'"units":', b'"units": ', 1))
+        if text.startswith("round 6 of"):
+            ledger.write_bytes(damaged["ledger"])  # the steward restores it
+            tight = live.policies["cedar"].model_copy(update={"budget": Budget(epsilon=0.01, delta=1e-5)})
+            write_policy(live.paths["cedar"] / "local", tight)  # another one lowers the budget, in the middle of a run
+        if text.startswith("round 7 of"):
+            write_policy(live.paths["cedar"] / "local", live.policies["cedar"])
+
+    change = {"rounds": 8, "aggregation": {"round_timeout_s": DEADLINE_S}, "privacy": {"reserve_rounds": 4}}
+    outcome = live.run(change, told=told)
+    assert live.waiting() == []
+    missing = [entry["missing"] for entry in outcome.rounds]
+    assert missing[0] == {"alder": "deadline"}
+    assert missing[1] == {"birch": "deadline"}
+    assert set(missing[2]) == {"cedar"}
+    assert set(missing[3]) == {"alder"}
+    assert missing[4] == {}, "the server's own trouble: the round is done again in the next job"
+    assert missing[5] == {"birch": "policy"}
+    assert missing[6] == {"cedar": "policy"}, "a lowered budget stops before the step"
+    assert missing[7] == {}
+    assert len(outcome.jobs) == 2
+    assert all(entry["counted"] for entry in outcome.rounds)
+    # What was charged and never sent stays charged.
+    charged = {site: sorted(number for number, _ in live.job(outcome, site).charges.values()) for site in SITES}
+    assert 0 in charged["alder"]
+    assert 1 in charged["birch"]
+    assert 2 in charged["cedar"]
+    assert 5 not in charged["birch"]
+    assert 6 not in charged["cedar"]
+
+
+def test_a_network_that_is_cut_or_swallows_everything_applies_no_update_twice(live: LiveFederation) -> None:
+    cut, swallowed = threading.Event(), threading.Event()
+
+    def told(text: str) -> None:
+        if text.startswith("round 1 of") and not cut.is_set():
+            cut.set()
+            live.proxy.cut()
+            threading.Timer(8, live.proxy.mend).start()
+        elif text.startswith("round 3 of") and not swallowed.is_set():
+            swallowed.set()
+            live.proxy.swallow()
+            threading.Timer(12, live.proxy.mend).start()
+
+    outcome = live.run({"rounds": 6}, told=told)
+    assert cut.is_set()
+    assert swallowed.is_set()
+    assert all(entry["counted"] for entry in outcome.rounds)
+    assert [entry["round"] for entry in outcome.rounds] == list(range(6))
+    assert all({"alder", "cedar"} <= set(accepted) for accepted in outcome.accepted())
+    assert "birch" in outcome.accepted()[-1], "it is back"
+    numbers = [number for number, _ in live.job(outcome, "birch").charges.values()]
+    assert len(numbers) == len(set(numbers)), "a round was charged twice"
+
+
+def test_two_jobs_that_race_for_the_last_of_the_budget_exactly_one_is_admitted(live: LiveFederation) -> None:
+    federation = live.federation(rounds=2, privacy={"reserve_rounds": 0})
+    contract = live.contract(federation)
+    live.approve(federation, contract)
+    for policy in live.policies.values():
+        spent = Ledger.of(policy).state().epsilon_spent
+        tight = Budget(epsilon=max(spent + 0.6, 1.2), delta=1e-5)
+        write_policy(live.paths[policy.site] / "local", policy.model_copy(update={"budget": tight}))
+    before = live.spent()
+    runs = [uuid.uuid4().hex, uuid.uuid4().hex]
+    with coordinator_session(live.admin, 30) as session:
+        jobs = []
+        for run in runs:
+            FederationRecipe(contract, run).write(live.home / "race" / run)
+            jobs.append(session.submit_job(str(live.home / "race" / run / contract.federation)))
+        deadline = time.monotonic() + 200
+        while not all(session.get_job_status(job).startswith("FINISHED") for job in jobs):
+            assert time.monotonic() < deadline
+            time.sleep(1)
+    events = {run: read_lines(live.server_run(run) / "events.jsonl") for run in runs}
+    finished = [run for run in runs if any(e["event"] == "run_finished" for e in events[run])]
+    refused = {e["site"] for run in runs for e in events[run] if e["event"] == "site_refused"}
+    accounts = {site: Ledger.of(live.policies[site]).account() for site in SITES}
+    for site in SITES:
+        admitted = [run for run in runs if run in accounts[site].jobs and accounts[site].jobs[run].charged]
+        assert len(admitted) == 1, f"{site}: {admitted}"
+    assert len(finished) == 1
+    assert refused == set(SITES)
+    after = live.spent()
+    assert all(after[site] > before[site] for site in SITES)
+    live.check_no_orphans()
