@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 OUT ?= runs/demo
 
-.PHONY: install demo test lint types bench docs-check wheel clean
+.PHONY: install demo test faults lint types bench docs-check wheel clean
 
 install: $(INSTALLED)
 
@@ -21,6 +21,9 @@ demo: $(INSTALLED)
 test: $(INSTALLED) lint types
 	$(BIN)/python -m pytest
 
+faults: $(INSTALLED)
+	$(BIN)/python -m pytest -m faults tests/faults tests/e2e
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,6 +35,7 @@ types: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/privacy.py
 	$(BIN)/python benchmarks/demo_seeds.py
+	$(BIN)/python benchmarks/many_sites.py
 
 docs-check: $(INSTALLED)
 	$(BIN)/python -m pytest tests/test_cli.py tests/test_docs.py tests/test_layout.py tests/test_load.py

@@ -31,7 +31,9 @@ def config(sites: int) -> dict:
         "data": {
             "synthesize": {"patients_per_specialty": 4, "public_patients_per_specialty": 8, "max_images": 1},
         },
-        "sites": {f"site{n:02d}": {"specialties": [SPECIALTIES[n % 4], SPECIALTIES[(n + 1) % 4]]} for n in range(sites)},
+        "sites": {
+            f"site{n:02d}": {"specialties": [SPECIALTIES[n % 4], SPECIALTIES[(n + 1) % 4]]} for n in range(sites)
+        },
     }
 
 

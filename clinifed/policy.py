@@ -13,10 +13,22 @@ from clinifed.errors import ConfigError, PrivacyError
 from clinifed.load import read_yaml, validate
 from clinifed.messages import Declarable
 
-__all__ = ["POLICY_FOLDER", "Budget", "SitePolicy", "find_policy"]
+__all__ = ["JOB_CLASSES", "POLICY_FOLDER", "Budget", "SitePolicy", "find_policy"]
 
 # Beneath a site's FLARE folder `local`, which no job can write.
 POLICY_FOLDER = "clinifed"
+
+# All that a job may name, class by class: FLARE calls whatever a job names with the arguments that it brings, before
+# anybody looks at the contract, so a whole package on the list would be a way to call any function of it. FLARE's stock
+# list is left out: it would let a job bring executors and senders that the release filter never sees.
+JOB_CLASSES: dict[str, tuple[str, ...]] = {
+    "site": ("clinifed.executors.flare.SiteExecutor",),
+    "server": (
+        "clinifed.aggregators.flare.FederatedRounds",
+        "clinifed.aggregators.specialty.SpecialtyAggregator",
+        "clinifed.aggregators.tracking.FiguresReceiver",
+    ),
+}
 
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 

@@ -16,6 +16,7 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.logging.constants import is_log_streaming_allowed
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from nvflare.fuel.utils import fobs
+from nvflare.lighter.utils import verify_folder_signature_and_get_signers
 from nvflare.private.privacy_manager import PrivacyService
 from safetensors.numpy import save
 
@@ -176,11 +177,25 @@ class SiteExecutor(Executor):
 
 
 def _coordinator(fl_ctx: FLContext) -> str:
-    """Who submitted the job, by FLARE's word; a job cannot say it of itself."""
+    """Who submitted the job: whose signature it bears, and not the server's word alone, which may be anything.
+
+    Raises:
+        PrivacyError: the job is not signed by one whom the federation's root made a person with a role.
+    """
     if fl_ctx.get_prop(FLContextKey.SIMULATE_MODE, False):
         return SIMULATOR
     meta = fl_ctx.get_prop(FLContextKey.JOB_META, {})
-    return str(meta.get(JobMetaKey.SUBMITTER_NAME.value, ""))
+    said = str(meta.get(JobMetaKey.SUBMITTER_NAME.value, ""))
+    workspace = fl_ctx.get_engine().get_workspace()
+    root = workspace.get_file_path_in_startup("rootCA.pem")
+    verified, signers = verify_folder_signature_and_get_signers(workspace.get_app_dir(fl_ctx.get_job_id()), root)
+    # The certificates of sites and of the server have no role; one of them could sign for anybody otherwise.
+    if not verified or not signers or any(name != said or not role for name, _, role in signers):
+        raise PrivacyError(
+            f"the job is said to be of {said!r}, but is signed by {[name for name, _, _ in signers] or 'nobody'}; "
+            "jobs are submitted, and so signed, with a coordinator's kit"
+        )
+    return said
 
 
 def _refuse_open_door(fl_ctx: FLContext) -> None:

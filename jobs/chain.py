@@ -86,9 +86,11 @@ class RunChain:
             FederationError: jobs end without a round, the server or the sites stay away, or no round ever counted.
         """
         fruitless = 0
+        submitted = read_lines(self.folder / JOBS_FILE)
+        job = str(submitted[-1]["job"]) if submitted else None  # an earlier coordinator's, running or not
         while True:
             before = self._known
-            job = self._open_job() or self._submit()
+            job = job or self._submit()
             status = self._watch(job)
             self._fetch(job)
             if self.state is not None and self.state.complete:
@@ -102,6 +104,7 @@ class RunChain:
                     f"run {self.run}: {fruitless} jobs in a row ended without a round, the last with {status}; the "
                     "server's log and its events.jsonl say why"
                 )
+            job = None
 
     def ask(self, question: Callable[[Any], _T]) -> _T:
         """The server's answer, waited for as long as patience lasts.
@@ -127,12 +130,6 @@ class RunChain:
                         "state lies there, and the run can be resumed"
                     ) from None
                 time.sleep(_POLL_S)
-
-    def _open_job(self) -> str | None:
-        """The last job of this run, where it still runs: an earlier coordinator's, or one that we lost sight of."""
-        submitted = read_lines(self.folder / JOBS_FILE)
-        job = str(submitted[-1]["job"]) if submitted else None
-        return job if job is not None and not self._status(job).startswith(_ENDED) else None
 
     def _submit(self) -> str:
         """Submit the next job once enough sites are connected."""

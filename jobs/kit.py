@@ -17,9 +17,9 @@ from nvflare.app_common.widgets.component_path_authorizer import CLASS_ALLOW_LIS
 from nvflare.lighter.constants import AdminRole, CertFileBasename, ProvFileName
 
 from clinifed.errors import ConfigError
+from clinifed.policy import JOB_CLASSES
 
 __all__ = [
-    "ALLOWED_CLASSES",
     "AUTHORIZATION",
     "COORDINATOR_ROLE",
     "HEART_BEAT_TIMEOUT_S",
@@ -41,10 +41,6 @@ __all__ = [
 Role = Literal["server", "site", "admin"]
 SERVER = "server"  # the server's name in FLARE, and its kit's folder; no site may be called so
 COORDINATOR_ROLE = AdminRole.LEAD  # submits jobs, and manages its own
-
-# FLARE runs a job only if each of its classes is on the site's list. Ours come from the installed package; FLARE's
-# stock list is left out, since it would let a job bring executors and senders that the release filter never sees.
-ALLOWED_CLASSES = ["clinifed."]
 
 # A killed job process is started again, where FLARE would end the whole job.
 LAUNCHERS = {
@@ -96,12 +92,12 @@ AUTHORIZATION: dict[str, Any] = {
 }
 
 
-def job_rules() -> dict[str, Any]:
-    """What every ``resources.json`` says of jobs: only installed classes, and no log leaves."""
+def job_rules(*roles: Literal["site", "server"]) -> dict[str, Any]:
+    """What every ``resources.json`` says of jobs: only the classes of these roles, and no log leaves."""
     return {
         "format_version": 2,
         CLASS_LIST_ENFORCEMENT_MODE: "enforce",
-        CLASS_ALLOW_LIST: ALLOWED_CLASSES,
+        CLASS_ALLOW_LIST: [name for role in roles for name in JOB_CLASSES[role]],
         ALLOW_LOG_STREAMING_VAR: False,
     }
 
@@ -114,7 +110,7 @@ def site_resources() -> dict[str, Any]:
     """``local/resources.json`` of a site."""
     managers = "nvflare.app_common"
     return {
-        **job_rules(),
+        **job_rules("site"),
         "client": {
             "retry_timeout": RETRY_TIMEOUT_S,
             "communication_timeout": ANSWER_S,
@@ -138,7 +134,7 @@ def site_resources() -> dict[str, Any]:
 def server_resources() -> dict[str, Any]:
     """``local/resources.json`` of the server."""
     return {
-        **job_rules(),
+        **job_rules("server"),
         "servers": [
             {
                 "admin_storage": "transfer",

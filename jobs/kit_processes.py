@@ -57,6 +57,7 @@ def coordinator_session(admin: Path, timeout_s: float) -> Iterator[Any]:
     Raises:
         FederationError: the server does not answer within ``timeout_s``, or refuses the coordinator.
     """
+    from nvflare.apis.fl_exception import FLCommunicationError
     from nvflare.fuel.flare_api.api_spec import AuthenticationError, NoConnection
     from nvflare.fuel.flare_api.flare_api import new_secure_session
 
@@ -72,7 +73,7 @@ def coordinator_session(admin: Path, timeout_s: float) -> Iterator[Any]:
             break
         except AuthenticationError as error:
             raise FederationError(f"{admin}: the server at {host}:{port} refuses {kit.name}: {error}") from None
-        except (NoConnection, OSError) as error:
+        except (NoConnection, FLCommunicationError, OSError) as error:
             if time.monotonic() > deadline:
                 raise FederationError(
                     f"{admin}: no answer of the server at {host}:{port} within {timeout_s:g} s "

@@ -189,7 +189,7 @@ def write_site_folder(local: Path, policies: dict[str, SitePolicy], contract: Co
     In a simulation all sites share one such folder; a real site has its own.
     """
     local.mkdir(parents=True, exist_ok=True)
-    write_json(local / "resources.json", job_rules())
+    write_json(local / "resources.json", job_rules("site", "server"))
     write_json(local / "privacy.json", privacy_scope())
     for name, policy in policies.items():
         if name in contract.sites:

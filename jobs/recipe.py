@@ -137,8 +137,8 @@ class FederationRecipe(Recipe):
         job.set_app_packages(["clinifed"])
         super().__init__(job)
         self.add_server_config(_DEAD_SITES)
-        # A result whose answer does not come (the server was killed, or a firewall swallowed it) is sent again while the
-        # round lasts; the answer comes after the arrays, so a long round has long transfers.
+        # A result whose answer does not come (the server was killed, or a firewall swallowed it) is sent again while
+        # the round lasts; the answer comes after the arrays, so a long round has long transfers.
         self.add_client_config({"submit_task_result_timeout": max(10.0, contract.aggregation.round_timeout_s / 2)})
 
     def write(self, folder: Path) -> None:

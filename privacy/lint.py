@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clinifed.policy import JOB_CLASSES
 from clinifed.privacy.lint_reading import read_documents
 from clinifed.privacy.lint_rules import (
     Check,
@@ -108,8 +109,8 @@ LINT_RULES: dict[str, Rule] = {
     ),
     "allow-list": Rule(
         foreign_classes,
-        "a job may then bring executors and senders that never pass the release filter",
-        'set class_allow_list to ["clinifed."] in the site\'s resources.json',
+        "a job may then bring executors and senders that never pass the release filter, or call any function",
+        f"set class_allow_list to {list(JOB_CLASSES['site'])} in the site's resources.json, as its kit has it",
     ),
     "log-streaming": Rule(
         streamed_logs,

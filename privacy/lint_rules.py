@@ -8,7 +8,7 @@ from typing import Any
 from clinifed.contract import Contract
 from clinifed.errors import ConfigError, PrivacyError
 from clinifed.load import load_federation, validate
-from clinifed.policy import SitePolicy
+from clinifed.policy import JOB_CLASSES, SitePolicy
 from clinifed.privacy.accountant import budget_units, cost_units, noise_multiplier_for
 from clinifed.privacy.lint_reading import Document, Kind, Setting, snake
 
@@ -35,7 +35,7 @@ Check = Callable[[Document], Iterable[Hit]]
 
 _OFF: tuple[Any, ...] = (None, False, 0, "", "0", "off", "no", "none", "never", "false", (), [], {})
 _RELEASE_FILTER = "clinifed.executors.filters.ReleaseFilter"
-_PACKAGE = "clinifed."
+_CLASSES = {name for names in JOB_CLASSES.values() for name in names}
 
 # What a number is called, by us and by others; in lower_snake_case.
 _ALIASES = {
@@ -231,16 +231,16 @@ def foreign_code(document: Document) -> Iterator[Hit]:
         for index, entry in enumerate(_groups(document.content.get("executors"))):
             executor = entry.get("executor")
             path = (executor.get("path") or executor.get("name")) if isinstance(executor, dict) else executor
-            if not str(path).startswith(_PACKAGE):
+            if path not in JOB_CLASSES["site"]:
                 yield f"executors[{index}].executor", f"executor: {path!r}"
 
 
 def foreign_classes(document: Document) -> Iterator[Hit]:
-    """A site's list of classes that lets in more than clinifed's, or is not enforced."""
+    """A list of classes that lets in more than a job of ours needs, or is not enforced."""
     if document.kind != "resources" or not isinstance(document.content, dict):
         return
     allowed = document.content.get("class_allow_list", "missing, so FLARE's own list applies")
-    if not isinstance(allowed, list) or not all(str(c).startswith(_PACKAGE) for c in allowed):
+    if not isinstance(allowed, list) or not set(map(str, allowed)) <= _CLASSES:
         yield "class_allow_list", f"class_allow_list: {allowed!r}"
     if (mode := document.content.get("class_list_enforcement_mode", "enforce")) != "enforce":
         yield "class_list_enforcement_mode", f"class_list_enforcement_mode: {mode!r}"

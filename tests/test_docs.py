@@ -32,7 +32,7 @@ def test_the_example_policy_and_scope_make_a_site_folder_that_the_linter_passes(
     assert json.loads(block("json")) == privacy_scope()
     (tmp_path / "local" / "privacy.json").write_text(block("json"))
     (tmp_path / "local" / "resources.json").write_text(
-        json.dumps({"class_allow_list": ["clinifed."], "allow_log_streaming": False})
+        json.dumps({"class_allow_list": ["clinifed.executors.flare.SiteExecutor"], "allow_log_streaming": False})
     )
     assert lint(tmp_path / "local") == []
 

@@ -99,8 +99,11 @@ def test_our_exported_job_is_an_ordinary_job_for_nvflare_job_submit(up):
     recipe.write(up / "exported")
     tools = Path(sys.executable).parent
     done = subprocess.run(
-        [tools / "nvflare", "job", "submit", "-j", up / "exported" / contract.federation]
-        + ["--startup-kit", content["admin_kit"]],
+        [
+            *(tools / "nvflare", "job", "submit"),
+            *("-j", up / "exported" / contract.federation),
+            *("--startup-kit", content["admin_kit"]),
+        ],
         capture_output=True,
         text=True,
         timeout=120,

@@ -209,7 +209,7 @@ def test_a_run_that_never_counted_is_an_error_and_says_so(follow, serve):
     assert server.state.complete
 
 
-@pytest.mark.parametrize("moment", range(0, 20, 2))
+@pytest.mark.parametrize("moment", range(0, 16, 2))
 def test_a_coordinator_that_died_goes_on_where_the_run_stands(follow, serve, moment, tmp_path):
     server, asked = serve(), 0
 
@@ -264,7 +264,7 @@ def test_one_job_too_many_does_no_round_twice(follow, serve):
     assert len(server.jobs) >= 4
 
 
-@pytest.mark.parametrize("moment", range(0, 20, 2))
+@pytest.mark.parametrize("moment", range(0, 16, 2))
 def test_a_server_that_is_gone_for_a_while_is_waited_for(follow, serve, moment):
     server, asked = serve(), 0
 

@@ -10,7 +10,6 @@ from nvflare.security.security import COMMAND_CATEGORIES, CommandCategory, FLAut
 
 from clinifed.errors import ConfigError
 from clinifed.jobs.kit import (
-    ALLOWED_CLASSES,
     AUTHORIZATION,
     COORDINATOR_ROLE,
     TIME_LIMITS,
@@ -52,9 +51,9 @@ def test_nobody_brings_code_operates_or_reads_a_machine(role: str, right: str) -
 
 
 def test_only_installed_classes_and_no_logs() -> None:
-    assert job_rules()["class_allow_list"] == ALLOWED_CLASSES == ["clinifed."]
-    for resources in (site_resources(), server_resources()):
-        assert job_rules().items() <= resources.items()
+    assert job_rules("site")["class_allow_list"] == ["clinifed.executors.flare.SiteExecutor"]
+    for role, resources in (("site", site_resources()), ("server", server_resources())):
+        assert job_rules(role).items() <= resources.items()
         ids = [c["id"] for c in resources["components"]]
         assert ids.count("process_launcher") == 1
         assert not {"site_log_streamer", "log_receiver"} & set(ids)

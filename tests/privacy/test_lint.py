@@ -16,7 +16,7 @@ from clinifed.errors import ConfigError
 from clinifed.jobs.prepare import write_site_folder
 from clinifed.jobs.recipe import FederationRecipe, build_contract
 from clinifed.models.backbone import load_backbone
-from clinifed.policy import Budget, SitePolicy
+from clinifed.policy import JOB_CLASSES, Budget, SitePolicy
 from clinifed.privacy.accountant import noise_multiplier_for
 from clinifed.privacy.lint import LINT_RULES, Finding, lint
 
@@ -119,13 +119,17 @@ BAD: dict[str, list[tuple[str, str]]] = {
         (CLIENT, client({}, task_data_filters=[{"tasks": ["train"], "filters": [{"name": "X"}]}])),
     ],
     "allow-list": [
-        ("resources.json", json.dumps({"class_allow_list": ["clinifed.", "nvflare."]})),
+        ("resources.json", json.dumps({"class_allow_list": ["clinifed."]})),
+        ("resources.json", json.dumps({"class_allow_list": [*JOB_CLASSES["site"], "nvflare."]})),
         ("resources.json", json.dumps({"format_version": 2})),
-        ("resources.json", json.dumps({"class_allow_list": ["clinifed."], "class_list_enforcement_mode": "warn"})),
+        (
+            "resources.json",
+            json.dumps({"class_allow_list": JOB_CLASSES["site"], "class_list_enforcement_mode": "warn"}),
+        ),
     ],
     "log-streaming": [
-        ("resources.json", json.dumps({"class_allow_list": ["clinifed."]})),
-        ("resources.json", json.dumps({"class_allow_list": ["clinifed."], "allow_log_streaming": True})),
+        ("resources.json", json.dumps({"class_allow_list": JOB_CLASSES["site"]})),
+        ("resources.json", json.dumps({"class_allow_list": JOB_CLASSES["site"], "allow_log_streaming": True})),
     ],
     "server-decides": [
         (CLIENT, client({"target_epsilon": 1.0})),
