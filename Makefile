@@ -22,7 +22,7 @@ test: $(INSTALLED) lint types
 	$(BIN)/python -m pytest
 
 faults: $(INSTALLED)
-	$(BIN)/python -m pytest -m faults tests/faults tests/e2e
+	$(BIN)/python -m pytest -m 'faults and not short' tests/faults
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

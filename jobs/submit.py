@@ -101,7 +101,7 @@ def resume(
     data: PreparedData | None = None,
     patience_s: float = 600.0,
 ) -> dict[str, Any]:
-    """Go on with the run in ``out`` to its end, wherever it stands; the summary of one that ended is read again.
+    """Go on with the run in ``out`` to its end, wherever it stands; the summary of one that finished is read again.
 
     Args:
         policies: of the sites that are on this machine; none of hospitals elsewhere.
@@ -111,7 +111,8 @@ def resume(
     content, federation, contract = read_run(out)
     if (out / "summary.json").exists():
         summary: dict[str, Any] = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-        return summary
+        if summary["status"] == "finished":  # what a failed attempt left is no result
+            return summary
     data = data or prepare_public(federation, out / "data", progress)
     admin, per_job = Path(content["admin_kit"]), federation.deployment.rounds_per_job
     with RunChain(contract, content["run"], out, admin, per_job, progress, patience_s) as chain:

@@ -28,7 +28,9 @@ VERBS = sorted(verbs(build_parser()))
 def test_the_verbs_are_those_the_readme_shows() -> None:
     shown = set(
         re.findall(
-            r"clinifed (demo|simulate|export|evaluate|job|poc|provision|preflight|submit|status|data \w+|privacy +\w+)\b", (ROOT / "README.md").read_text()
+            r"clinifed (demo|simulate|export|evaluate|job|poc|provision|preflight|submit|status"
+            r"|data \w+|privacy +\w+)\b",
+            (ROOT / "README.md").read_text(),
         )
     )
     assert {tuple(v.split()[:2]) for v in shown} >= {v[:2] for v in VERBS if v[0] == "privacy"}

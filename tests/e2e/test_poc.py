@@ -117,7 +117,6 @@ def test_our_exported_job_is_an_ordinary_job_for_nvflare_job_submit(up):
         time.sleep(1)
 
 
-@pytest.mark.faults
 def test_ctrl_c_in_the_one_command_leaves_no_process_and_says_so(config, tmp_path):
     run = tmp_path / "run"
     code, said = interrupted(command("poc", config, "--out", run), "round 1 of 4")

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,12 +17,15 @@ from nvflare.apis.signal import Signal
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 from nvflare.app_common.decomposers import common_decomposers
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
+from nvflare.lighter.utils import load_private_key_file, sign_folders
 
 from clinifed import __version__
+from clinifed.errors import PrivacyError
 from clinifed.executors.filters import ReleaseFilter
 from clinifed.executors.flare import SIMULATOR, SiteExecutor, _coordinator
 from clinifed.executors.release import Releases
 from clinifed.files import read_lines
+from clinifed.jobs.provision import provision
 from clinifed.messages import TASK_FINISH, TASK_HANDSHAKE
 from clinifed.policy import POLICY_FOLDER
 from clinifed.privacy.ledger import Ledger
@@ -35,8 +39,32 @@ def logs_stay(monkeypatch):
     common_decomposers.register()  # as FLARE does when it starts
 
 
+@pytest.fixture(scope="session")
+def kits(federation, tmp_path_factory):
+    """Certificates of one root: the server's, a site's, the coordinator's."""
+    return provision(federation, tmp_path_factory.mktemp("kits") / "kits", lambda text: None)
+
+
+def sign(app: Path, kit: Path) -> None:
+    """Sign a job's app folder as FLARE does when it is submitted with ``kit``."""
+    base = "server" if (kit / "startup" / "server.key").exists() else "client"
+    sign_folders(
+        str(app), load_private_key_file(str(kit / "startup" / f"{base}.key")), str(kit / "startup" / f"{base}.crt")
+    )
+
+
 @pytest.fixture
-def site(contract, policy, tmp_path):
+def app(tmp_path, kits) -> Path:
+    """What FLARE deployed of a job: signed with the coordinator's kit."""
+    app = tmp_path / "app"
+    (app / "config").mkdir(parents=True)
+    (app / "config" / "config_fed_client.json").write_text("{}")
+    sign(app, kits[COORDINATOR])
+    return app
+
+
+@pytest.fixture
+def site(contract, policy, tmp_path, app, kits):
     """A site that approves the contract, and executors of it, each the one of a FLARE job."""
     local, made = tmp_path / "local", []
     (local / POLICY_FOLDER).mkdir(parents=True)
@@ -47,7 +75,11 @@ def site(contract, policy, tmp_path):
 
     def context(**meta) -> FLContext:
         fl_ctx = FLContext()
-        workspace = SimpleNamespace(get_site_config_dir=lambda: str(local))
+        workspace = SimpleNamespace(
+            get_site_config_dir=lambda: str(local),
+            get_app_dir=lambda job: str(app),
+            get_file_path_in_startup=lambda name: str(kits["alder"] / "startup" / name),
+        )
         scope = SimpleNamespace(task_result_filters={"out": [ReleaseFilter()], "in": []})
         for key, value in {
             ReservedKey.IDENTITY_NAME: "alder",
@@ -154,14 +186,33 @@ def test_a_refusal_leaves_as_a_return_code_only(site, contract, task, monkeypatc
     assert Ledger.of(site.policy).account().jobs == {}
 
 
-def test_the_coordinator_is_whom_flare_names_and_in_the_simulator_nobody_else(site):
+def test_the_coordinator_is_whose_signature_the_job_bears_and_in_the_simulator_nobody_else(site):
     assert _coordinator(site.context()) == COORDINATOR
-    assert _coordinator(site.context(**{JobMetaKey.SUBMITTER_NAME.value: "mallory@x.org"})) == "mallory@x.org"
     nobody = site.context()
-    nobody.set_prop(FLContextKey.JOB_META, {}, private=True)
-    assert _coordinator(nobody) == ""
     nobody.set_prop(FLContextKey.SIMULATE_MODE, True, private=True)
     assert _coordinator(nobody) == SIMULATOR
+
+
+def test_the_servers_word_on_who_submitted_is_not_enough(site, app, kits):
+    with pytest.raises(PrivacyError, match="mallory"):
+        _coordinator(site.context(**{JobMetaKey.SUBMITTER_NAME.value: "mallory@x.org"}))
+    for signer in ("server", "alder"):  # their certificates are of the same root, and have no role
+        sign(app, kits[signer])
+        for said in (COORDINATOR, signer, str(kits[signer].name)):
+            with pytest.raises(PrivacyError, match="coordinator's kit"):
+                _coordinator(site.context(**{JobMetaKey.SUBMITTER_NAME.value: said}))
+
+
+@pytest.mark.parametrize("change", ["unsigned", "altered", "added"])
+def test_a_job_that_is_not_signed_as_it_stands_is_nobodys(site, app, change):
+    if change == "unsigned":
+        (app / ".__nvfl_sig.json").unlink()
+    elif change == "altered":
+        (app / "config" / "config_fed_client.json").write_text('{"executors": []}')
+    else:
+        (app / "custom").mkdir()
+    with pytest.raises(PrivacyError, match="nobody"):
+        _coordinator(site.context())
 
 
 def test_what_is_no_contract_costs_no_more_than_an_answer(site):

@@ -9,7 +9,7 @@ from clinifed.errors import BudgetExceededError, DataError, LedgerError, ModelEr
 from clinifed.executors.trainer import SiteTrainer
 from clinifed.files import read_lines
 from clinifed.jobs.recipe import build_contract
-from clinifed.messages import META_KEYS
+from clinifed.messages import META_KEYS, update_norm
 from clinifed.policy import Budget
 from clinifed.privacy.accountant import cost_units
 from clinifed.privacy.engine import PatientDPOptimizer
@@ -288,3 +288,18 @@ def test_unreadable_images_are_left_out_and_a_site_without_any_is_refused(policy
     none = write_manifest(folder / "none.csv", broken, "synthetic")
     with pytest.raises(DataError, match="none of"):
         train(manifest=none.path)
+
+
+def test_an_update_longer_than_the_contracts_bound_is_projected_and_not_refused(contract, policy, train):
+    """Whatever the noise, no honest update is too long for the server; shortening it costs no budget."""
+    sites = {"alder": contract.sites["alder"].model_copy(update={"norm_bound": 1e-3})}
+    agreed = contract.model_copy(update={"sites": sites})
+    update = train(agreed).train(0, zeros(agreed))
+    check_update(update, agreed, 0, False, JOB)
+    assert update_norm(update.params) == pytest.approx(1e-3, rel=1e-4)
+    assert [kind for kind in kinds(policy) if kind == "charge"] == ["charge"]
+
+
+def test_an_update_within_the_bound_is_sent_as_it_was_made(contract, train):
+    update = train().train(0, zeros(contract))
+    assert update_norm(update.params) < contract.sites["alder"].norm_bound * (1 - 1e-5)

@@ -246,10 +246,12 @@ def test_a_job_that_still_runs_is_followed_and_none_is_submitted_beside_it(follo
     assert [j["did"] for j in server.jobs.values()] == [[0, 1], [2, 3, 4]]
 
 
-def test_a_run_that_is_complete_does_no_round_again(follow, serve):
+def test_a_run_that_is_complete_does_no_round_and_needs_no_job_again(follow, serve):
     server = serve()
     first, _ = follow(server)
+    jobs = set(server.jobs)
     again, _ = follow(server)
+    assert set(server.jobs) == jobs
     assert done(server) == list(range(ROUNDS))
     assert (again.next_round, again.rounds) == (first.next_round, first.rounds)
 

@@ -50,7 +50,7 @@ def test_there_is_a_kit_for_the_server_every_site_and_the_coordinator(made, fede
 
 def test_every_kit_passes_preflight_as_a_hospitals_would(made):
     for path in made[1].values():
-        assert preflight(path, flare=False).problems == []
+        assert list(preflight(path, flare=False).problems) == []
 
 
 def test_the_run_stands_there_with_free_ports_of_its_own(made, federation):

@@ -32,7 +32,7 @@ class Session:
         return SimpleNamespace(server_info=SimpleNamespace(status="started"), client_info=clients)
 
     def list_jobs(self, detailed):
-        return [{"job_id": name, "job_name": "unit", "status": status} for name, status in self.jobs.items()]
+        return [{"job_id": name, "name": "unit", "status": status} for name, status in self.jobs.items()]
 
     def show_stats(self, job, target):
         if job == "ending":

@@ -105,10 +105,10 @@ def test_a_run_whose_kit_is_none_is_begun_and_says_what_is_wrong(tmp_path):
     assert {name: site.public_key for name, site in agreed.sites.items()} == {"alder": KEY, "birch": KEY}
 
 
-def test_a_run_that_ended_is_told_again_and_nothing_is_submitted(begun, monkeypatch):
-    (begun / "summary.json").write_text('{"status": "done"}')
+def test_a_run_that_finished_is_told_again_and_nothing_is_submitted(begun, monkeypatch):
+    (begun / "summary.json").write_text('{"status": "finished"}')
     monkeypatch.setattr(module, "RunChain", None)
-    assert resume(begun, lambda text: None) == {"status": "done"}
+    assert resume(begun, lambda text: None) == {"status": "finished"}
 
 
 @pytest.mark.parametrize("status", ["failed", "interrupted"])
@@ -116,14 +116,14 @@ def test_a_run_that_failed_is_gone_on_with(begun, monkeypatch, status):
     """What a run wrote of its failure is no result: a resumed run asks the server again."""
     (begun / "summary.json").write_text(json.dumps({"status": status}))
 
-    class Asked(Exception):
+    class AskedError(Exception):
         pass
 
     def asked(*_, **__):
-        raise Asked
+        raise AskedError
 
     monkeypatch.setattr(module, "RunChain", asked)
-    with pytest.raises(Asked):
+    with pytest.raises(AskedError):
         resume(begun, lambda text: None)
 
 
