@@ -7,6 +7,7 @@ clears away. ``state.json`` is the only authority; all else counts as far as it 
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from hashlib import sha256
@@ -32,6 +33,7 @@ STATE_FILE = "state.json"
 ROUNDS_FILE = "rounds.jsonl"
 _MEMORY = "memory:"  # before the names of what the server's optimiser remembers
 _LOCK = ".lock"
+_RUN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _VERSION = 1
 
 
@@ -54,6 +56,8 @@ class RunState:
     """
 
     def __init__(self, folder: Path, run: str, contract: Contract) -> None:
+        if not _RUN.fullmatch(run):  # it names the folder, and a job brings it
+            raise FederationError(f"run {run[:80]!r}: a run's name is of letters, digits, - and _, at most 64")
         self.folder, self.run, self.contract = folder, run, contract
         self.next_round = 0
         self.delta: Parameters = {n: np.zeros(shape, dtype=np.float32) for n, shape in contract.shapes.items()}

@@ -15,8 +15,10 @@ from typing import Any, Self, TypeVar
 from nvflare.apis.job_def import JobMetaKey
 from nvflare.fuel.flare_api.api_spec import (
     InternalError,
+    JobNotDone,
     JobNotFound,
     NoConnection,
+    NoReply,
     SessionClosed,
     TargetType,
 )
@@ -35,6 +37,8 @@ JOBS_FILE = "jobs.jsonl"  # the FLARE jobs of the run, in order
 _POLL_S = 1.0
 _FRUITLESS = 3  # jobs in a row without a round, and we give up
 _ENDED = "FINISHED"  # how every status of a job that is over begins
+
+_TRANSIENT = (NoConnection, NoReply, SessionClosed, InternalError, JobNotDone)  # asked again while patience lasts
 
 _T = TypeVar("_T")
 
@@ -120,7 +124,7 @@ class RunChain:
                     self._session = self._stack.enter_context(coordinator_session(self.admin, left))
                 with contextlib.redirect_stdout(io.StringIO()):  # FLARE prints what it is asked
                     return question(self._session)
-            except (NoConnection, SessionClosed, InternalError, OSError) as error:
+            except (*_TRANSIENT, OSError) as error:
                 with contextlib.suppress(Exception):  # of a session that is broken anyway
                     self._stack.close()
                 self._session = None
@@ -130,6 +134,10 @@ class RunChain:
                         "state lies there, and the run can be resumed"
                     ) from None
                 time.sleep(_POLL_S)
+            except (JobNotFound, FederationError):
+                raise
+            except Exception as error:  # FLARE's own word: no right to it, no valid job; waiting does not help
+                raise FederationError(f"run {self.run}: the server refuses: {type(error).__name__}: {error}") from error
 
     def _submit(self) -> str:
         """Submit the next job once enough sites are connected."""

@@ -24,7 +24,7 @@ from clinifed.jobs.prepare import PreparedData
 from clinifed.messages import Parameters
 from clinifed.models.adapters import GlobalModel
 from clinifed.models.backbone import Backbone
-from clinifed.models.state import apply_delta
+from clinifed.models.state import apply_delta, read_checkpoint
 from clinifed.policy import SitePolicy
 from clinifed.privacy.claims import claim_schema, make_claim
 from clinifed.privacy.engine import PatientTensors
@@ -251,7 +251,9 @@ def finish_run(
     claims = told_claims(contract, state.rounds) | site_claims(contract, policies)
     metrics, params = evaluate_run(contract, backbone, data, policies, state.delta, progress)
     summary = summarise(contract, backbone, policies, state.rounds, claims, metrics, time.monotonic() - started)
-    save_checkpoint(out / "checkpoint", contract, params, data, state.rounds, claims, metrics)
+    made = out / "checkpoint"
+    if not made.exists() or read_checkpoint(made).card["job"] != state.run:  # a crash may have come in between
+        save_checkpoint(made, contract, params, data, state.rounds, claims, metrics)
     write_json(out / "summary.json", summary)
     progress(f"checkpoint {os.path.relpath(out / 'checkpoint')}")
     return summary

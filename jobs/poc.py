@@ -40,6 +40,7 @@ def prepare_poc(federation: Federation, out: Path, progress: Callable[[str], Non
     for name, policy in policies.items():
         write_policy(kits[name] / "local", policy)
     begin(federation, out, kits[deployment.coordinator], contract, kits)
+    (out / "log.txt").symlink_to(kits[SERVER].resolve().relative_to(out.resolve()) / "log.txt")
     return kits
 
 

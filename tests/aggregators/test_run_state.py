@@ -343,3 +343,10 @@ def test_a_new_run_starts_at_zero_and_its_folder_is_its_owners(tmp_path, small):
     assert {n: v.shape for n, v in state.delta.items()} == small.shapes
     assert not any(value.any() for value in state.delta.values())
     assert (tmp_path / "runs" / RUN).stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("run", ["", ".", "..", "../other", "a/b", "a b", "x" * 65, "é"])
+def test_a_run_whose_name_is_no_folder_of_its_own_is_refused_and_nothing_is_made(tmp_path, contract, run):
+    with pytest.raises(FederationError, match="a run's name"):
+        RunState(tmp_path / "runs" / "x", run, contract)
+    assert list(tmp_path.iterdir()) == []

@@ -239,10 +239,18 @@ def test_a_job_that_still_runs_is_followed_and_none_is_submitted_beside_it(follo
     server.meanwhile = dies
     with pytest.raises(Power):
         follow(server)
-    server.meanwhile = lambda: None
     (job,) = server.jobs.values()
-    job["fate"] = "fine"
+    beside, asked = [], 0
+
+    def recovers() -> None:
+        nonlocal asked
+        asked += 1
+        job["fate"] = "fine" if asked > 5 else "stuck"
+        beside.append(len(server.jobs) > 1 and not job["status"].startswith("FINISHED"))
+
+    server.meanwhile = recovers
     follow(server, per_job=9)
+    assert not any(beside)
     assert [j["did"] for j in server.jobs.values()] == [[0, 1], [2, 3, 4]]
 
 
