@@ -4,9 +4,11 @@ FLARE starts every simulated site in a new session, where a signal to our group 
 :mod:`clinifed.jobs.processes` does.
 """
 
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +21,19 @@ from clinifed.jobs.processes import end_processes, marked_environment
 __all__ = ["main", "simulator_process"]
 
 _CONTRACT_FILE = "contract.json"
+_SOCKET_FOLDER = 107 - len("/pymp-12345678/listener-12345678")
+
+
+def _scratch(workspace: Path) -> Path:
+    """A folder for temporary files in ``workspace``, or in the system's where that would be too deep.
+
+    Python's multiprocessing, which FLARE's simulator uses, binds a socket in it, and a socket's path has 107 bytes.
+    """
+    scratch = workspace / "tmp"
+    if len(os.fsencode(scratch)) > _SOCKET_FOLDER:
+        return Path(tempfile.mkdtemp(prefix="clinifed-"))
+    scratch.mkdir(exist_ok=True)
+    return scratch
 
 
 @contextmanager
@@ -30,8 +45,7 @@ def simulator_process(
     write_json(workspace / _CONTRACT_FILE, contract.model_dump(mode="json"))
     mark = uuid.uuid4().hex
     # What FLARE and its libraries leave behind when they are ended in the middle stays inside the run, and goes.
-    scratch = workspace / "tmp"
-    scratch.mkdir(exist_ok=True)
+    scratch = _scratch(workspace)
     environment = marked_environment(mark, scratch, OMP_NUM_THREADS="1", NVFLARE_SECURE_LOGGING="1")
     with log.open("ab") as output:
         process = subprocess.Popen(

@@ -19,7 +19,7 @@ import yaml
 
 from clinifed.data.manifest import read_manifest
 from clinifed.executors.filters import to_shareable
-from clinifed.messages import META_KEYS
+from clinifed.messages import META_KEYS, TASK_HANDSHAKE
 from clinifed.privacy.claims import claim_schema
 from clinifed.privacy.outbox import unpack
 
@@ -169,6 +169,17 @@ def test_an_update_holds_the_list_and_nothing_else(tapped):
         assert all(set(array) == {"type", "data"} for array in dxo["data"].values())
 
 
+def test_the_handshake_is_three_words_that_all_sites_say_alike(tapped):
+    said = {}
+    for sent, content in tapped.objects():
+        if TASK_HANDSHAKE in content:
+            assert set(content) == {"__headers__", TASK_HANDSHAKE}
+            said[sent.site] = content[TASK_HANDSHAKE]
+    assert set(said) == set(PLAN["sites"])
+    assert set(said["alder"]) == {"contract_sha256", "clinifed_version", "base_model_sha256"}
+    assert said["alder"] == said["birch"] == said["cedar"]
+
+
 def test_what_the_policy_declares_leaves_and_the_card_lists_it(tapped):
     patients = {r.patient for r in read_manifest(tapped.run.parent / WARD / "cedar" / "manifest.csv").records}
     (message,) = tapped.updates()["cedar"]
@@ -184,7 +195,7 @@ def test_flares_own_headers_are_those_that_are_pinned(tapped):
             assert set(content) <= FLARE_DOWNLOAD, sent
             continue
         headers = content["__headers__"]
-        assert set(content) <= {"__headers__", "DXO"}
+        assert set(content) <= {"__headers__", "DXO", TASK_HANDSHAKE}
         assert set(headers) <= FLARE_HEADERS, set(headers) - FLARE_HEADERS
         assert set(headers.get("__peer_props__", {})) <= FLARE_IDENTITY
         assert set(headers.get("__cookie_jar__", {})) <= FLARE_COOKIES
