@@ -77,7 +77,7 @@ class SiteExecutor(Executor):
     def _start(self, fl_ctx: FLContext) -> tuple[SitePolicy, TrainerProcess]:
         """The site's policy, and its running trainer; a policy that was changed counts from this moment on."""
         policy = policy_of(fl_ctx)
-        if self._trainer is not None and self._trainer.policy != policy:
+        if self._trainer is not None and not (self._trainer.alive and self._trainer.policy == policy):
             self._trainer.stop()
         if self._trainer is None or not self._trainer.alive:
             self._trainer = TrainerProcess(self._agreed, policy, self.run, _coordinator(fl_ctx))

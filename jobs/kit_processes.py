@@ -57,8 +57,7 @@ def coordinator_session(admin: Path, timeout_s: float) -> Iterator[Any]:
     Raises:
         FederationError: the server does not answer within ``timeout_s``, or refuses the coordinator.
     """
-    from nvflare.apis.fl_exception import FLCommunicationError
-    from nvflare.fuel.flare_api.api_spec import AuthenticationError, NoConnection
+    from nvflare.fuel.flare_api.api_spec import AuthenticationError
     from nvflare.fuel.flare_api.flare_api import new_secure_session
 
     kit = read_kit(admin)
@@ -73,7 +72,7 @@ def coordinator_session(admin: Path, timeout_s: float) -> Iterator[Any]:
             break
         except AuthenticationError as error:
             raise FederationError(f"{admin}: the server at {host}:{port} refuses {kit.name}: {error}") from None
-        except (NoConnection, FLCommunicationError, OSError) as error:
+        except Exception as error:  # a server that is just coming up makes FLARE's client fail in many ways
             if time.monotonic() > deadline:
                 raise FederationError(
                     f"{admin}: no answer of the server at {host}:{port} within {timeout_s:g} s "
