@@ -32,6 +32,7 @@ WARD = "ward-CANARY-7f3a"
 
 # FLARE 2.9's own headers, pinned: another release of FLARE may add some, and then somebody must look at them.
 FLARE_HEADERS = {
+    "__rc__",
     "__audit_event_id__",
     "__content_type__",
     "__cookie_jar__",
