@@ -9,6 +9,19 @@ from clinifed.contract import BaseModelRef, Contract, ContractSite, Promise
 from clinifed.models.specialties import SPECIALTIES
 
 
+@pytest.fixture(scope="session", autouse=True)
+def flare_messages() -> None:
+    """FLARE's own forms of its messages, which its processes register when they start.
+
+    Without them the first message that is encoded here gets a form that loses its content, for the whole session.
+    """
+    from nvflare.apis.utils.decomposers import flare_decomposers
+    from nvflare.app_common.decomposers import common_decomposers
+
+    flare_decomposers.register()
+    common_decomposers.register()
+
+
 @pytest.fixture(scope="session")
 def make_contract() -> Callable[..., Contract]:
     """A contract over small heads, made without a model: (site → specialties, site → public key)."""

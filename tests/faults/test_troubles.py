@@ -11,6 +11,7 @@ from clinifed.jobs.kit_processes import coordinator_session
 from clinifed.jobs.prepare import write_policy
 from clinifed.jobs.recipe import FederationRecipe
 from clinifed.policy import Budget
+from clinifed.privacy.accountant import cost_units, epsilon_of
 from clinifed.privacy.ledger import Ledger
 
 from .federation import SITES, LiveFederation
@@ -78,11 +79,11 @@ def test_a_network_that_is_cut_or_swallows_everything_applies_no_update_twice(li
             live.proxy.swallow()
             threading.Timer(12, live.proxy.mend).start()
 
-    outcome = live.run({"rounds": 5}, told=told)
+    outcome = live.run({"rounds": 7}, told=told)
     assert cut.is_set()
     assert swallowed.is_set()
     assert all(entry["counted"] for entry in outcome.rounds)
-    assert [entry["round"] for entry in outcome.rounds] == list(range(5))
+    assert [entry["round"] for entry in outcome.rounds] == list(range(7))
     assert all({"alder", "cedar"} <= set(accepted) for accepted in outcome.accepted())
     assert "birch" in outcome.accepted()[-1], "it is back"
     numbers = [number for number, _ in live.job(outcome, "birch").charges.values()]
@@ -93,9 +94,10 @@ def test_two_jobs_that_race_for_the_last_of_the_budget_exactly_one_is_admitted(l
     federation = live.federation(rounds=2, privacy={"reserve_rounds": 0})
     contract = live.contract(federation)
     live.approve(federation, contract)
-    for policy in live.policies.values():
-        spent = Ledger.of(policy).state().epsilon_spent
-        tight = Budget(epsilon=max(spent + 0.6, 1.2), delta=1e-5)
+    cost = contract.promise.releases * cost_units(contract.promise.noise_multiplier)
+    for policy in live.policies.values():  # one run and a half fit, whatever was spent before
+        spent = Ledger.of(policy).state().spent_units
+        tight = Budget(epsilon=epsilon_of(spent + cost + cost // 2, 1e-5), delta=1e-5)
         write_policy(live.paths[policy.site] / "local", policy.model_copy(update={"budget": tight}))
     before = live.spent()
     runs = [uuid.uuid4().hex, uuid.uuid4().hex]
