@@ -151,6 +151,8 @@ class FederatedRounds(ModelController):
         )
         self.broadcast(task, self.fl_ctx, targets=sites, min_responses=0)
         self._wait(task, settings.quorum, self.aggregator.accepted)
+        if task.completion_status is None:
+            self.cancel_task(task, completion_status=TaskCompletionStatus.OK)
         self.aggregator.close()
         if self.abort_signal.triggered:
             return
@@ -164,7 +166,6 @@ class FederatedRounds(ModelController):
                 memory = self.aggregator.memory
             except UpdateError as error:  # each update was good; what the server's optimiser made of them is not
                 counted = False
-                self.aggregator.memory = state.memory
                 self._told("not_applied", round=number, reason=error.reason)
                 self.error(f"round {number}: not applied ({error.reason}): {error}")
         else:
@@ -209,15 +210,13 @@ class FederatedRounds(ModelController):
     def _wait(self, task: Task, needed: int, good: Collection[str]) -> None:
         """Wait for the end of ``task``: all have answered, its deadline, or ``grace_s`` after ``good`` were enough.
 
-        FLARE counts error results as responses; we close early on good ones only.
+        FLARE counts error results as responses; we stop waiting early on good ones only. The task then still stands.
         """
         grace_s, enough = self._agreed.aggregation.grace_s, 0.0
         while task.completion_status is None and not self.abort_signal.triggered:
             if not enough and len(good) >= needed:
                 enough = time.monotonic()
             if enough and grace_s is not None and time.monotonic() - enough >= grace_s:
-                if task.name == AppConstants.TASK_TRAIN:
-                    self.cancel_task(task, completion_status=TaskCompletionStatus.OK)
                 return
             time.sleep(self._task_check_period)
 

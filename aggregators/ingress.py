@@ -5,12 +5,19 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-import numpy as np
-
 from clinifed.contract import Contract
 from clinifed.errors import UpdateError
 from clinifed.files import canonical_json
-from clinifed.messages import DECLARABLE, META_KEYS, SIGNED, Update, allowed_names, release_sha256, update_norm
+from clinifed.messages import (
+    DECLARABLE,
+    META_KEYS,
+    SIGNED,
+    Update,
+    allowed_names,
+    array_problem,
+    release_sha256,
+    update_norm,
+)
 from clinifed.privacy.claims import disagreements
 from clinifed.privacy.signing import verify
 
@@ -58,12 +65,8 @@ def check_update(
             f"missing {_names(expected - set(update.params))}",
         )
     for key, value in update.params.items():
-        if not isinstance(value, np.ndarray) or value.dtype != np.float32:
-            raise UpdateError("wrong_dtype", f"{name}: {key} is {getattr(value, 'dtype', type(value))}, not float32")
-        if value.shape != contract.shapes[key]:
-            raise UpdateError("wrong_shape", f"{name}: {key} is {value.shape}, not {contract.shapes[key]}")
-        if not np.isfinite(value).all():
-            raise UpdateError("not_finite", f"{name}: {key} holds NaN or infinity")
+        if problem := array_problem(key, value, contract.shapes[key]):
+            raise UpdateError(problem[0], f"{name}: {problem[1]}")
     if (norm := update_norm(update.params)) > site.norm_bound:
         raise UpdateError(
             "too_long", f"{name}: the update's L2 norm is {norm:.6g}, the contract's bound {site.norm_bound:.6g}"

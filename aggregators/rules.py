@@ -17,7 +17,7 @@ from clinifed.aggregators.robust import MIN_SITES, cut_at_each_end, median, trim
 from clinifed.aggregators.server_optimizers import MOMENTUM, SECOND_MOMENTUM, Step, adam, as_it_is, momentum
 from clinifed.config import Aggregation
 from clinifed.errors import ConfigError, FederationError, UpdateError
-from clinifed.messages import Parameters, Update, specialty_of
+from clinifed.messages import Parameters, Update, array_problem, specialty_of
 
 __all__ = ["RULES", "Memory", "Rule", "aggregate", "rule_problems"]
 
@@ -139,12 +139,8 @@ def _check_updates(
         for name, value in sorted(update.params.items()):
             if name not in shapes:
                 found.append(("wrong_names", f"{update.site}: {name} is not a shared parameter"))
-            elif value.dtype != np.float32:
-                found.append(("wrong_dtype", f"{update.site}: {name} is {value.dtype}, not float32"))
-            elif value.shape != tuple(shapes[name]):  # an array of shape (1,) would be spread over the parameter
-                found.append(("wrong_shape", f"{update.site}: {name} is {value.shape}, not {tuple(shapes[name])}"))
-            elif not np.isfinite(value).all():
-                found.append(("not_finite", f"{update.site}: {name} holds NaN or infinity"))
+            elif problem := array_problem(name, value, tuple(shapes[name])):
+                found.append((problem[0], f"{update.site}: {problem[1]}"))
     if found:
         raise UpdateError(found[0][0], *(text for _, text in found))
 

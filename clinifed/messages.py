@@ -23,6 +23,7 @@ __all__ = [
     "Parameters",
     "Update",
     "allowed_names",
+    "array_problem",
     "head_name",
     "projected",
     "release_sha256",
@@ -90,6 +91,17 @@ def allowed_names(names: Iterable[str], specialties: Iterable[str]) -> set[str]:
     """The parameters a site of these specialties sends: the trunk, and the heads of its own specialties."""
     mine = set(specialties)
     return {n for n in names if n.startswith(TRUNK) or specialty_of(n) in mine}
+
+
+def array_problem(name: str, value: Any, shape: tuple[int, ...]) -> tuple[str, str] | None:
+    """Why ``value`` cannot stand for the shared parameter ``name``: a reason of one word and a text; None if it can."""
+    if not isinstance(value, np.ndarray) or value.dtype != np.float32:
+        return "wrong_dtype", f"{name} is {getattr(value, 'dtype', type(value))}, not float32"
+    if value.shape != shape:  # an array of shape (1,) would be spread over the parameter
+        return "wrong_shape", f"{name} is {value.shape}, not {shape}"
+    if not np.isfinite(value).all():
+        return "not_finite", f"{name} holds NaN or infinity"
+    return None
 
 
 def update_norm(params: Parameters) -> float:

@@ -49,6 +49,7 @@ def follow(
         FederationError: the processes ended, or fell silent, before the last round was recorded.
     """
     told: dict[str, int] = {name: 0 for name in policies}
+    folder: Path | None = None
     seen = 0
     last_sign = finished = time.monotonic()
     while True:
@@ -58,7 +59,7 @@ def follow(
                 progress(f"  {name}: round {entry['round'] + 1} trained in {entry['compute_s']:.2f} s")
                 told[name] += 1
                 last_sign = time.monotonic()
-        folder = run_folder(workspace, run)
+        folder = folder or run_folder(workspace, run)
         for entry in (read_lines(folder / ROUNDS_FILE) if folder else [])[seen:]:
             seen += 1
             progress(tell_round(entry, contract.rounds))

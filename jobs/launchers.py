@@ -17,7 +17,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.job_def import JobMetaKey
 from nvflare.apis.job_launcher_spec import JobHandleSpec, JobReturnCode
 from nvflare.app_common.job_launcher.client_process_launcher import ClientProcessJobLauncher
-from nvflare.app_common.job_launcher.process_launcher import ProcessHandle
+from nvflare.app_common.job_launcher.process_launcher import ProcessHandle, ProcessJobLauncher
 from nvflare.app_common.job_launcher.server_process_launcher import ServerProcessJobLauncher
 from nvflare.fuel.utils.log_utils import get_obj_logger
 from nvflare.security.logging import SECURE_LOGGING_VAR_NAME
@@ -140,25 +140,29 @@ def _secure_logging() -> None:
     os.environ[SECURE_LOGGING_VAR_NAME] = "true"
 
 
-def _restarting(
-    launch: Callable[[dict[str, Any], FLContext], ProcessHandle],
-    job_meta: dict[str, Any],
-    fl_ctx: FLContext,
-    restarts: int,
-    exhausted: int,
-) -> RestartingHandle:
-    """FLARE's own ``launch`` of this job, which can be called again and again.
+class _Restarting(ProcessJobLauncher):
+    """What both launchers do: launch as FLARE does, under a :class:`RestartingHandle`."""
 
-    FLARE uses its context on for other things after the launch, so what the launch reads is kept in one of our own.
-    """
-    kept = FLContext()
-    for key in (FLContextKey.WORKSPACE_OBJECT, FLContextKey.JOB_PROCESS_ARGS):
-        kept.set_prop(key, fl_ctx.get_prop(key), private=True, sticky=False)
-    job = str(job_meta.get(JobMetaKey.JOB_ID.value))
-    return RestartingHandle(partial(launch, dict(job_meta), kept), restarts, job, exhausted)
+    exhausted: JobReturnCode  # of a job whose process was killed when no restart was left
+
+    def __init__(self, restarts: int = 5) -> None:
+        super().__init__()
+        self.restarts = _checked(restarts)
+        _secure_logging()
+
+    def launch_job(self, job_meta: dict[str, Any], fl_ctx: FLContext) -> RestartingHandle:
+        """FLARE's own launch of this job, which can be made again and again.
+
+        FLARE uses its context on for other things after the launch, so what the launch reads is kept in one of ours.
+        """
+        kept = FLContext()
+        for key in (FLContextKey.WORKSPACE_OBJECT, FLContextKey.JOB_PROCESS_ARGS):
+            kept.set_prop(key, fl_ctx.get_prop(key), private=True, sticky=False)
+        start = partial(super().launch_job, dict(job_meta), kept)
+        return RestartingHandle(start, self.restarts, str(job_meta.get(JobMetaKey.JOB_ID.value)), int(self.exhausted))
 
 
-class RestartingClientLauncher(ClientProcessJobLauncher):
+class RestartingClientLauncher(_Restarting, ClientProcessJobLauncher):
     """Launches a site's job processes, and again when one is killed. Sets FLARE's secure logging.
 
     Args:
@@ -171,19 +175,12 @@ class RestartingClientLauncher(ClientProcessJobLauncher):
         ConfigError: ``restarts`` is no whole number from 0.
     """
 
-    def __init__(self, restarts: int = 5) -> None:
-        super().__init__()
-        self.restarts = _checked(restarts)
-        _secure_logging()
-
-    def launch_job(self, job_meta: dict[str, Any], fl_ctx: FLContext) -> RestartingHandle:
-        """Launch as FLARE does, under a :class:`RestartingHandle`."""
-        # FLARE reports the codes of failures to the server, which then fails the job for all sites; it has no name
-        # for this code, and does not.
-        return _restarting(super().launch_job, job_meta, fl_ctx, self.restarts, int(JobReturnCode.UNKNOWN))
+    # FLARE reports the codes of failures to the server, which then fails the job for all sites; it has no name for
+    # this code, and does not.
+    exhausted = JobReturnCode.UNKNOWN
 
 
-class RestartingServerLauncher(ServerProcessJobLauncher):
+class RestartingServerLauncher(_Restarting, ServerProcessJobLauncher):
     """Launches the server's job processes, and again when one is killed. Sets FLARE's secure logging.
 
     Args:
@@ -196,11 +193,4 @@ class RestartingServerLauncher(ServerProcessJobLauncher):
         ConfigError: ``restarts`` is no whole number from 0.
     """
 
-    def __init__(self, restarts: int = 5) -> None:
-        super().__init__()
-        self.restarts = _checked(restarts)
-        _secure_logging()
-
-    def launch_job(self, job_meta: dict[str, Any], fl_ctx: FLContext) -> RestartingHandle:
-        """Launch as FLARE does, under a :class:`RestartingHandle`."""
-        return _restarting(super().launch_job, job_meta, fl_ctx, self.restarts, int(JobReturnCode.EXECUTION_ERROR))
+    exhausted = JobReturnCode.EXECUTION_ERROR

@@ -11,6 +11,7 @@ from nvflare.fuel.flare_api.api_spec import TargetType
 from rich.table import Table
 
 from clinifed.aggregators.run_state import SERVER_FOLDER
+from clinifed.files import read_lines
 from clinifed.jobs.chain import JOBS_FILE
 from clinifed.jobs.follow import tell_round
 from clinifed.jobs.kit_processes import coordinator_session
@@ -34,8 +35,6 @@ def federation_status(place: Path, timeout_s: float = 15.0) -> dict[str, Any]:
     mine: set[str] | None = None
     admin = place
     if (place / RUN_FILE).exists():
-        from clinifed.files import read_lines
-
         content, _, _ = read_run(place)
         admin, mine = Path(content["admin_kit"]), {entry["job"] for entry in read_lines(place / JOBS_FILE)}
     with coordinator_session(admin, timeout_s) as session, contextlib.redirect_stdout(io.StringIO()):

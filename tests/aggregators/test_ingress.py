@@ -10,7 +10,7 @@ import pytest
 from clinifed.aggregators import ingress
 from clinifed.aggregators.ingress import check_update
 from clinifed.errors import UpdateError
-from clinifed.messages import update_norm
+from clinifed.messages import array_problem, update_norm
 
 from .conftest import JOB, SITES
 
@@ -105,6 +105,7 @@ def test_a_hostile_update_is_refused_with_its_reason(contract, updates, reason, 
 
 def test_every_reason_that_ingress_gives_has_a_test():
     given = set(re.findall(r'UpdateError\(\s*"(\w+)"', inspect.getsource(ingress)))
+    given |= set(re.findall(r'return "(\w+)", f', inspect.getsource(array_problem)))  # which ingress passes on
     assert given == {*HOSTILE, "wrong_signature", "replayed", "duplicate"}
     assert given == set(re.findall(r"\b\w+_\w+\b|duplicate|replayed", (check_update.__doc__ or "").split("one of")[1]))
 
