@@ -25,7 +25,7 @@ from nvflare.fuel.flare_api.api_spec import (
 
 from clinifed.aggregators.run_state import SERVER_FOLDER, STATE_FILE, RunState
 from clinifed.contract import Contract
-from clinifed.errors import FederationError
+from clinifed.errors import ClinifedError, FederationError
 from clinifed.files import append_line, read_lines
 from clinifed.jobs.follow import tell_round
 from clinifed.jobs.kit_processes import connected_sites, coordinator_session
@@ -134,7 +134,7 @@ class RunChain:
                         "state lies there, and the run can be resumed"
                     ) from None
                 time.sleep(_POLL_S)
-            except (JobNotFound, FederationError):
+            except (JobNotFound, ClinifedError):
                 raise
             except Exception as error:  # FLARE's own word: no right to it, no valid job; waiting does not help
                 raise FederationError(f"run {self.run}: the server refuses: {type(error).__name__}: {error}") from error
