@@ -19,7 +19,7 @@ from clinifed.messages import (
     update_norm,
 )
 from clinifed.privacy.claims import disagreements
-from clinifed.privacy.signing import verify
+from clinifed.signing import verify
 
 __all__ = ["check_update"]
 

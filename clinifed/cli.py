@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clinifed import __version__
+from clinifed.cli_export import add_export_verbs
 from clinifed.cli_federation import add_federation_verbs, spelled_out
 from clinifed.cli_privacy import add_privacy_verbs
 from clinifed.errors import INTERRUPTED, ClinifedError
@@ -52,23 +53,6 @@ def _simulate(args: argparse.Namespace, console: _Console) -> None:
 
     summary = simulate(federation, args.out, console.progress, args.threads)
     console.result(summary, metrics_table(summary), privacy_table(summary), DISCLAIMER)
-
-
-def _export(args: argparse.Namespace, console: _Console) -> None:
-    from clinifed.export.pipeline import export_checkpoint
-    from clinifed.jobs.report import export_table
-
-    report = export_checkpoint(
-        args.checkpoint,
-        args.out,
-        precisions=tuple(args.precision.split(",")),
-        targets=tuple(args.target.split(",")),
-        calibration=args.calibration,
-        test=args.test,
-        model_ref=args.model,
-        progress=console.progress,
-    ).to_dict()
-    console.result(report, export_table(report), f"bundle {args.out}")
 
 
 def _demo(args: argparse.Namespace, console: _Console) -> None:
@@ -205,14 +189,7 @@ def build_parser() -> argparse.ArgumentParser:
     simulate.add_argument("--out", type=Path, required=True, help="run directory to make")
     simulate.add_argument("--threads", type=int, help="FLARE simulator threads (default: one per site, at most 16)")
 
-    export = verb("export", _export, "global checkpoint to ONNX, FP16, INT8 and TensorRT engines")
-    export.add_argument("checkpoint", type=Path)
-    export.add_argument("--out", type=Path, required=True, help="bundle directory to make")
-    export.add_argument("--precision", default="fp32,fp16,int8", help="comma-separated (default: fp32,fp16,int8)")
-    export.add_argument("--target", default="tensorrt-rtx", help="onnx, tensorrt, tensorrt-rtx (default: tensorrt-rtx)")
-    export.add_argument("--calibration", type=Path, help="manifest of public images (default: the card's)")
-    export.add_argument("--test", type=Path, help="manifest of the public test set (default: the card's)")
-    export.add_argument("--model", help="base model, if not where the card says")
+    add_export_verbs(verbs, verb)
 
     evaluate = verb("evaluate", _evaluate, "a checkpoint on a public test set")
     evaluate.add_argument("checkpoint", type=Path)

@@ -73,7 +73,7 @@ def _audit(args: argparse.Namespace, console: _Console) -> None:
 
 
 def _key(args: argparse.Namespace, console: _Console) -> None:
-    from clinifed.privacy.signing import make_signing_key, public_key
+    from clinifed.signing import make_signing_key, public_key
 
     public = public_key(make_signing_key(args.path))
     console.result({"key": str(args.path), "public_key": public}, f"private {args.path}", f"public  {public}")
@@ -139,7 +139,7 @@ def _migrate(args: argparse.Namespace, console: _Console) -> None:
 
 def _increase(args: argparse.Namespace, console: _Console) -> None:
     from clinifed.privacy.ledger import Ledger, read_ledger
-    from clinifed.privacy.signing import read_signing_key
+    from clinifed.signing import read_signing_key
 
     state = read_ledger(args.path, args.anchor)[0]
     ledger = Ledger(args.path, state.site, _budget(args.epsilon, state.delta), args.anchor)

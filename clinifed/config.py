@@ -196,7 +196,7 @@ class Site(_Settings):
 class Export(_Settings):
     """What ``clinifed export`` makes of the checkpoint."""
 
-    precisions: tuple[Literal["fp32", "fp16", "int8"], ...] = ("fp32", "fp16", "int8")
+    precisions: tuple[Literal["fp32", "fp16", "bf16", "int8", "int8-cpu"], ...] = ("fp32", "fp16", "int8")
     targets: tuple[Literal["onnx", "tensorrt", "tensorrt-rtx"], ...] = ("tensorrt-rtx",)
 
 

@@ -11,14 +11,18 @@
     │   └── LedgerError           5  the budget ledger is missing, damaged or locked
     ├── UpdateError               6  an update that may not enter the aggregate
     ├── FederationError           7  the run did not finish: too few sites, a dead process
-    └── ExportError               8  no engine, or one that is not the model it claims to be
+    ├── ExportError               8  no engine, or one that is not the model it claims to be
+    └── BundleError               9  a bundle that is not what was signed
+        └── AuthenticityError    10  nobody vouches for it
 """
 
 from collections.abc import Sequence
 
 __all__ = [
     "INTERRUPTED",
+    "AuthenticityError",
     "BudgetExceededError",
+    "BundleError",
     "ClinifedError",
     "ConfigError",
     "DataError",
@@ -96,3 +100,15 @@ class ExportError(ClinifedError):
     """The export failed; no bundle was left behind."""
 
     exit_code = 8
+
+
+class BundleError(ClinifedError):
+    """A bundle is not what was signed; nothing in it was used."""
+
+    exit_code = 9
+
+
+class AuthenticityError(BundleError):
+    """Nobody who is trusted vouches for the bundle, whatever its hashes say."""
+
+    exit_code = 10

@@ -1,4 +1,4 @@
-"""What a classifier is worth, by patient: balanced accuracy and AUROC on data that may be reported."""
+"""What a classifier is worth on data that may be reported: balanced accuracy and AUROC by patient, and calibration."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -9,7 +9,18 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from sklearn.metrics import recall_score, roc_auc_score
 
-__all__ = ["Scores", "mean_scores", "multi_label_scores", "patient_scores"]
+__all__ = [
+    "CALIBRATION_BINS",
+    "Scores",
+    "calibration_bins",
+    "expected_calibration_error",
+    "mean_scores",
+    "multi_label_calibration_error",
+    "multi_label_scores",
+    "patient_scores",
+]
+
+CALIBRATION_BINS = 15  # as in Guo et al. 2017, arXiv 1706.04599, table 1
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,52 @@ def _by_case(
     np.add.at(mean, case_of, probability)
     mean /= np.bincount(case_of)[:, None]
     return mean, cases[1], len(np.unique(cases[0]))
+
+
+def calibration_bins(confidence: NDArray[np.floating], bins: int = CALIBRATION_BINS) -> NDArray[np.int64]:
+    """The bin of each confidence in [0, 1]: bin m of ``bins`` equally wide ones is (m / bins, (m + 1) / bins]."""
+    bin_of: NDArray[np.int64] = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
+    return bin_of
+
+
+def expected_calibration_error(
+    probability: NDArray[np.floating], label: NDArray[np.integer], bins: int = CALIBRATION_BINS
+) -> float:
+    """How far a model's confidence is from how often it is right, in [0, 1]; 0 is best.
+
+    ECE of the top label with equally wide bins (Guo et al. 2017, arXiv 1706.04599, eq. 3): the mean, over bins and
+    weighted by their size, of |accuracy − mean confidence|.
+
+    Args:
+        probability: (R, K), each row a distribution; the largest is the decision and its confidence.
+        label: (R,) in [0, K).
+        bins: M of the equation.
+    """
+    return _calibration_gap(probability.max(axis=1), probability.argmax(axis=1) == label, bins)
+
+
+def multi_label_calibration_error(
+    probability: NDArray[np.floating], label_bits: NDArray[np.integer], bins: int = CALIBRATION_BINS
+) -> float:
+    """The mean over labels of the binary ECE, where any number of labels holds; in [0, 1], 0 is best.
+
+    Of one label the confidence is the probability that it holds, and what it is held against is how often it does.
+
+    Args:
+        probability: (R, K) in [0, 1], one column a label.
+        label_bits: (R,), bit k set where label k holds.
+        bins: as in :func:`expected_calibration_error`.
+    """
+    truth = (label_bits[:, None] >> np.arange(probability.shape[1])) & 1 == 1  # (R, K)
+    return float(np.mean([_calibration_gap(probability[:, k], truth[:, k], bins) for k in range(truth.shape[1])]))
+
+
+def _calibration_gap(confidence: NDArray[np.floating], outcome: NDArray[np.bool_], bins: int) -> float:
+    """Sum over bins of |sum of (outcome − confidence)|, over the number of rows; NaN where a confidence is."""
+    if not np.isfinite(confidence).all():
+        return float("nan")
+    gap = np.bincount(calibration_bins(confidence, bins), weights=outcome - confidence, minlength=bins)
+    return float(np.abs(gap).sum() / len(confidence))
 
 
 def mean_scores(by_site: Mapping[str, Scores]) -> float:

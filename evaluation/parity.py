@@ -6,20 +6,23 @@ here is NumPy; the forms that can be run are torch's (by the caller) and ONNX Ru
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-__all__ = ["EMBEDDING", "LOGITS", "PIXELS", "Outputs", "Parity", "compare", "run_onnx"]
+from clinifed.evaluation.intervals import Difference, paired_differences
 
-# The names of an exported graph's input and outputs: pixels → embedding, logits_<specialty>.
+__all__ = ["EMBEDDING", "LOGITS", "PIXELS", "ZERO_SHOT", "Outputs", "Parity", "PerImage", "compare", "run_onnx"]
+
+# The names of an exported graph's input and outputs: pixels → embedding, logits_<specialty>, zero_shot_<specialty>.
 PIXELS = "pixels"
 EMBEDDING = "embedding"
 LOGITS = "logits_"
+ZERO_SHOT = "zero_shot_"
 
 Array = NDArray[np.float32]
 
@@ -30,40 +33,55 @@ class Outputs:
 
     embedding: Array  # (N, D), L2-normalised
     logits: Mapping[str, Array]  # specialty → (N, K), every head on every image
+    zero_shot: Mapping[str, Array] = field(default_factory=dict)  # specialty → (N, K), by the prompts; may be empty
+
+
+@dataclass(frozen=True)
+class PerImage:
+    """The comparison image by image, for plots."""
+
+    cosine: NDArray[np.float64]  # (N,), NaN where an embedding is broken
+    logit_differences: Mapping[str, Array]  # specialty → (its images, K), candidate - reference, of their own head
 
 
 @dataclass(frozen=True)
 class Parity:
     """How far a candidate is from its reference; higher is closer but for the two ``max_abs``.
 
-    Top-1 and balanced accuracy look at each image through the head of its own specialty only.
+    Top-1 and the differences look at each image through the head of its own specialty only. Where any number of labels
+    may hold, top-1 is the set of those that are said to.
     """
 
     images: int
     cosine_mean: float  # of the candidate's and the reference's embedding of one image, in [-1, 1]
     cosine_min: float
     embedding_max_abs: float
-    logits_max_abs: float  # over all heads
+    logits_max_abs: float  # over all heads, and over the zero-shot logits that both have
     top1_agreement: float  # fraction of images with the same decision, in [0, 1]
     top1_by_specialty: Mapping[str, float]
-    balanced_accuracy_difference: Mapping[str, float]  # candidate - reference; empty without labels
+    # specialty → one of clinifed.evaluation.intervals.FIGURES → difference with its interval; empty without labels
+    differences: Mapping[str, Mapping[str, Difference]]
+    resampled: Literal["patients", "images"]  # what the intervals drew
+    per_image: PerImage = field(compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values; a figure that is not finite (an overflow in the candidate) becomes None."""
-        return {name: _json(value) for name, value in vars(self).items()}
+        """JSON values but ``per_image``; a figure that is not finite (an overflow in the candidate) becomes None."""
+        return {f.name: _json(getattr(self, f.name)) for f in fields(self) if f.name != "per_image"}
 
 
 def _json(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _json(item) for key, item in value.items()}
-    return value if math.isfinite(value) else None
+    if isinstance(value, Difference):
+        return value.to_dict()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def run_onnx(path: Path, pixels: Array, *, batch_size: int = 8, threads: int = 2) -> Outputs:
     """Run an exported model on the CPU through ONNX Runtime.
 
     Args:
-        path: an ONNX file with the names :data:`PIXELS`, :data:`EMBEDDING` and :data:`LOGITS`.
+        path: an ONNX file with the names :data:`PIXELS`, :data:`EMBEDDING`, :data:`LOGITS` and :data:`ZERO_SHOT`.
         pixels: (N, 3, S, S) float32, normalised.
         batch_size: images per run, 1 to the graph's own limit; changes memory only.
         threads: of ONNX Runtime; 2 is what the smallest supported machine has.
@@ -75,13 +93,11 @@ def run_onnx(path: Path, pixels: Array, *, batch_size: int = 8, threads: int = 2
     names = [output.name for output in session.get_outputs()]
     batches = [session.run(names, {PIXELS: pixels[i : i + batch_size]}) for i in range(0, len(pixels), batch_size)]
     whole = dict(zip(names, (np.concatenate(parts) for parts in zip(*batches, strict=True)), strict=True))
-    logits = {name.removeprefix(LOGITS): value for name, value in whole.items() if name.startswith(LOGITS)}
-    return Outputs(whole[EMBEDDING], logits)
+    return Outputs(whole[EMBEDDING], _by_specialty(whole, LOGITS), _by_specialty(whole, ZERO_SHOT))
 
 
-def _balanced_accuracy(decisions: NDArray[np.int64], labels: NDArray[np.int64]) -> float:
-    """Mean recall over the labels that occur."""
-    return float(np.mean([np.mean(decisions[labels == label] == label) for label in np.unique(labels)]))
+def _by_specialty(outputs: Mapping[str, Array], prefix: str) -> dict[str, Array]:
+    return {name.removeprefix(prefix): value for name, value in outputs.items() if name.startswith(prefix)}
 
 
 def compare(
@@ -89,6 +105,9 @@ def compare(
     candidate: Outputs,
     specialties: Sequence[str],
     labels: Sequence[int] | None = None,
+    patients: Sequence[int | str] | None = None,
+    *,
+    multi_label: bool = False,
 ) -> Parity:
     """Compare two forms of one model on the same N ≥ 1 images.
 
@@ -96,29 +115,45 @@ def compare(
         reference: the form to be matched.
         candidate: the form under test; a value that is not finite makes the figures it enters NaN.
         specialties: each image's own specialty, N names that are keys of both ``logits``.
-        labels: each image's true label as an index into its specialty's labels, if it is known.
+        labels: each image's true label, if it is known: an index into its specialty's labels, or with ``multi_label``
+            a bit set, bit k for label k.
+        patients: whose each image is, if it is known; the intervals then draw patients and not images.
+        multi_label: whether any number of labels may hold, each of them said to where its logit is above 0.
+
+    Raises:
+        DataError: a label is outside its specialty's.
     """
     with np.errstate(invalid="ignore"):  # NaN and infinity are results here; the caller judges them
         one, other = reference.embedding.astype(np.float64), candidate.embedding.astype(np.float64)
         norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
         cosine = np.sum(one * other, axis=1) / norms
         embedding_gap = np.max(np.abs(one - other))
-        logit_gaps = [np.max(np.abs(reference.logits[s] - candidate.logits[s])) for s in reference.logits]
+        pairs = [(value, candidate.logits[name]) for name, value in reference.logits.items()]
+        both = reference.zero_shot.keys() & candidate.zero_shot.keys()
+        pairs += [(reference.zero_shot[name], candidate.zero_shot[name]) for name in both]
+        logit_gaps = [np.max(np.abs(value - found)) for value, found in pairs]
     own = np.asarray(specialties)
     truth = None if labels is None else np.asarray(labels)
+    whose = None if patients is None else np.unique(np.asarray(patients), return_inverse=True)[1]
     same = np.zeros(len(own), dtype=bool)
     by_specialty: dict[str, float] = {}
-    difference: dict[str, float] = {}
+    logit_differences: dict[str, Array] = {}
+    differences: dict[str, dict[str, Difference]] = {}
     for name in sorted(set(specialties)):
         rows = own == name
-        before = reference.logits[name][rows].argmax(axis=1)
-        after = candidate.logits[name][rows].argmax(axis=1)
+        before, after = reference.logits[name][rows], candidate.logits[name][rows]
+        if multi_label:
+            agree = ((before > 0) == (after > 0)).all(axis=1)
+        else:
+            agree = before.argmax(axis=1) == after.argmax(axis=1)
         # argmax of a row with a NaN is that NaN's place: a broken row must not count as agreement.
-        same[rows] = (before == after) & np.isfinite(candidate.logits[name][rows]).all(axis=1)
+        same[rows] = agree & np.isfinite(after).all(axis=1)
         by_specialty[name] = float(same[rows].mean())
+        with np.errstate(invalid="ignore"):
+            logit_differences[name] = after - before
         if truth is not None:
-            true = truth[rows]
-            difference[name] = _balanced_accuracy(after, true) - _balanced_accuracy(before, true)
+            owners = None if whose is None else whose[rows].tolist()
+            differences[name] = paired_differences(before, after, truth[rows], owners, multi_label=multi_label)
     return Parity(
         images=len(own),
         cosine_mean=float(cosine.mean()),
@@ -127,5 +162,7 @@ def compare(
         logits_max_abs=float(np.max(logit_gaps)),
         top1_agreement=float(same.mean()),
         top1_by_specialty=by_specialty,
-        balanced_accuracy_difference=difference,
+        differences=differences,
+        resampled="images" if patients is None else "patients",
+        per_image=PerImage(cosine, logit_differences),
     )

@@ -18,7 +18,7 @@ from clinifed.privacy.cohorts import Cohorts
 from clinifed.privacy.ledger import Ledger
 from clinifed.privacy.objectives import resolve_objective
 from clinifed.privacy.outbox import Outbox
-from clinifed.privacy.signing import read_signing_key, sign
+from clinifed.signing import read_signing_key, sign
 
 __all__ = ["Releases", "check_contract"]
 

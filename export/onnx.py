@@ -1,4 +1,4 @@
-"""The global model as one ONNX graph: pixels → embedding and the logits of every specialty.
+"""The global model as one ONNX graph: pixels → embedding, logits of every specialty, and zero-shot logits.
 
 Opset 20 keeps LayerNormalization and Gelu whole (18 splits Gelu) and spells attention out as MatMul, Softmax and
 MatMul, which every TensorRT takes (TensorRT-RTX 1.7 refuses opset 23's FP32 Attention).
@@ -12,34 +12,45 @@ import torch
 from torch import Tensor, nn
 
 from clinifed.errors import ExportError
-from clinifed.evaluation.parity import EMBEDDING, LOGITS, PIXELS
+from clinifed.evaluation.parity import EMBEDDING, LOGITS, PIXELS, ZERO_SHOT
+from clinifed.export.deployed import DeployedModel, TextTower
 from clinifed.files import write_atomic
-from clinifed.models.adapters import GlobalModel
 
-__all__ = ["MAX_BATCH", "OPSET", "export_onnx", "strip_metadata", "write_onnx"]
+__all__ = [
+    "MAX_BATCH",
+    "OPSET",
+    "TEXT_EMBEDDING",
+    "TOKENS",
+    "export_onnx",
+    "export_text",
+    "strip_metadata",
+    "write_onnx",
+]
 
 OPSET = 20
 MAX_BATCH = 64  # images per run; the graph's own upper limit, above every optimisation profile
+# The text graph's input and output; "embedding" is a name that BERT's own graph uses.
+TOKENS, TEXT_EMBEDDING = "tokens", "text_embedding"
 
 
 class _Flat(nn.Module):
     """The model with a flat tuple of outputs, in the order of their names."""
 
-    def __init__(self, model: GlobalModel, specialties: list[str]) -> None:
+    def __init__(self, model: DeployedModel) -> None:
         super().__init__()
         self.model = model
-        self.specialties = specialties
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        embedding, logits = self.model(pixels)
-        return embedding, *(logits[name] for name in self.specialties)
+        embedding, *logits = self.model(pixels)
+        return embedding, *(kind[name] for kind in logits for name in self.model.specialties)
 
 
-def export_onnx(model: GlobalModel, size_px: int) -> onnx.ModelProto:
+def export_onnx(model: DeployedModel, size_px: int) -> onnx.ModelProto:
     """Export to ONNX, FP32, opset 20; the same model gives the same bytes.
 
-    The graph's input is ``pixels`` (B, 3, S, S) float32, normalised, with 1 ≤ B ≤ 64; its outputs are
-    ``embedding`` (B, D), L2-normalised, and ``logits_<specialty>`` (B, K), all float32.
+    The graph's input is ``pixels`` (B, 3, S, S) float32, normalised, with 1 ≤ B ≤ 64. Its outputs are ``embedding``
+    (B, D), L2-normalised; ``logits_<specialty>`` (B, K); and ``zero_shot_<specialty>`` (B, K), what the base model
+    says by its class prompts. All are float32.
 
     Args:
         model: put into evaluation mode.
@@ -48,18 +59,37 @@ def export_onnx(model: GlobalModel, size_px: int) -> onnx.ModelProto:
     Raises:
         ExportError: the exporter cannot translate the model, or what it made is not valid ONNX.
     """
-    specialties = list(model.part.heads)
-    flat = _Flat(model, specialties).eval()
+    outputs = [EMBEDDING, *(kind + name for kind in (LOGITS, ZERO_SHOT) for name in model.specialties)]
+    return _export(_Flat(model).eval(), torch.zeros(2, 3, size_px, size_px), PIXELS, outputs)
+
+
+def export_text(tower: TextTower, length: int) -> onnx.ModelProto:
+    """The text tower as ONNX: ``tokens`` (B, L) int64, zero where padded → ``text_embedding`` (B, D), L2-normalised.
+
+    Args:
+        tower: put into evaluation mode.
+        length: L, tokens to a text.
+
+    Raises:
+        ExportError: as :func:`export_onnx`.
+    """
+    tokens = torch.zeros(2, length, dtype=torch.int64)
+    tokens[:, :3] = 1  # the mask is made of what is not zero
+    return _export(tower.eval(), tokens, TOKENS, [TEXT_EMBEDDING])
+
+
+def _export(module: nn.Module, example: Tensor, name: str, outputs: list[str]) -> onnx.ModelProto:
+    """``module`` with a dynamic batch; ``example`` has a batch of 2, since one of 1 would be specialised to 1."""
     try:
         with warnings.catch_warnings():
             # torch's exporter warns about its own and onnxscript's deprecations; what it made is checked below
             # and compared with torch before it is packed.
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                flat,
-                (torch.zeros(2, 3, size_px, size_px),),  # a batch of 1 would be specialised to 1
-                input_names=[PIXELS],
-                output_names=[EMBEDDING, *(LOGITS + name for name in specialties)],
+                module,
+                (example,),
+                input_names=[name],
+                output_names=outputs,
                 dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=MAX_BATCH)},),
                 opset_version=OPSET,
                 dynamo=True,
@@ -88,7 +118,16 @@ def strip_metadata(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def write_onnx(model: onnx.ModelProto, path: Path) -> int:
-    """Write one self-contained file, atomically; returns its size in bytes."""
+    """Write one self-contained file, atomically; returns its size in bytes.
+
+    Raises:
+        ExportError: it cannot be written, as on a full disk; nothing is left half-written.
+    """
     content: bytes = model.SerializeToString(deterministic=True)
-    write_atomic(path, content)
+    try:
+        write_atomic(path, content)
+    except OSError as error:
+        raise ExportError(
+            f"{path.name}: cannot be written ({error.strerror}); it takes {len(content) >> 20} MiB"
+        ) from error
     return len(content)

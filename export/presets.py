@@ -2,7 +2,7 @@
 
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -10,6 +10,7 @@ from clinifed.evaluation.parity import Parity
 from clinifed.load import read_yaml, validate
 
 __all__ = [
+    "DeployProfile",
     "Engine",
     "HalfPrecision",
     "Precision",
@@ -45,14 +46,29 @@ class Engine(_Preset):
     """How engines are built."""
 
     profile: Profile
-    compute_capabilities: tuple[str, ...]  # TensorRT-RTX names, such as SM89
+    compute_capabilities: tuple[str, ...] = ()  # TensorRT-RTX names, such as SM89; `tensorrt` takes the GPU it finds
+    # `ampere-plus`: one engine for every GPU since Ampere, slower on each; `none`: for the building GPU's kind alone.
+    hardware_compatibility: Literal["none", "ampere-plus"] = "none"
+    version_compatible: bool = False  # may later TensorRT versions run it?
+    workspace_mib: int | None = Field(None, ge=64)  # most scratch memory of the GPU; None: all there is
+
+
+class DeployProfile(_Preset):
+    """A kind of machine that engines are for."""
+
+    targets: tuple[str, ...] = Field(min_length=1)  # used when --target is not given
+    engine: Engine
+    on_device: str | None = None  # engines can be built on this device only; the bundle holds what it needs
 
 
 class HalfPrecision(_Preset):
-    """What of an FP32 graph becomes FP16: everything but this."""
+    """What of an FP32 graph becomes 16 bits wide: everything but this."""
 
+    dtype: Literal["float16", "bfloat16"] = "float16"
     keep_fp32_ops: tuple[str, ...]  # operators, wherever they stand
-    keep_fp32_norm: tuple[str, ...]  # from these, which start the embedding's L2 norm, to the embedding
+    keep_fp32_norm: tuple[str, ...]  # from these, which start an L2 norm, to what is read of it
+    # A node stays FP32 if on the calibration images it reads or makes a value above this share of the type's largest.
+    headroom: Annotated[float, Field(gt=0, le=1)] = 0.25
 
 
 class Quantization(_Preset):
@@ -60,6 +76,9 @@ class Quantization(_Preset):
 
     op_types: tuple[str, ...] = Field(min_length=1)
     per_channel: bool  # one scale per output channel of a weight; activations always have one per tensor
+    # SmoothQuant's alpha (Xiao et al. 2023, arXiv 2211.10438, eq. 4): how much of an outlier channel's range moves
+    # from LayerNorm's output into the weights behind it. 0 folds nothing.
+    smoothing: Annotated[float, Field(ge=0, le=1)] = 0.0
     # Where the gate is missed, the most sensitive groups are left out one by one, up to this share of all nodes.
     most_left_out: Annotated[float, Field(ge=0, le=1)] = 0.0
 
@@ -88,7 +107,7 @@ class Precision(_Preset):
 
     quantize: Quantization | None = None
     half: HalfPrecision | None = None
-    compute_capabilities: tuple[str, ...] | None = None  # instead of the engine's, where a builder supports fewer
+    compute_capabilities: tuple[str, ...] | None = None  # of the profile's, those a builder supports at this precision
     parity: Thresholds
 
 
@@ -97,13 +116,17 @@ class Presets(_Preset):
 
     calibration_images: int = Field(ge=1)
     parity_images: int = Field(ge=1)
-    engine: Engine
+    selection_images: int = Field(ge=1)
+    profiles: dict[str, DeployProfile]
     precisions: dict[str, Precision]
 
-    def engine_for(self, precision: str) -> Engine:
-        """How an engine of ``precision``, a key of ``precisions``, is built."""
-        fewer = self.precisions[precision].compute_capabilities
-        return self.engine if fewer is None else self.engine.model_copy(update={"compute_capabilities": fewer})
+    def engine_for(self, profile: str, precision: str) -> Engine:
+        """How an engine of ``precision`` is built for ``profile``, keys of ``precisions`` and ``profiles``."""
+        engine, fewer = self.profiles[profile].engine, self.precisions[precision].compute_capabilities
+        if fewer is None:
+            return engine
+        left = tuple(name for name in engine.compute_capabilities if name in fewer)
+        return engine.model_copy(update={"compute_capabilities": left})
 
 
 @cache

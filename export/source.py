@@ -1,23 +1,25 @@
 """What is exported, and on which public images it is judged: checkpoint, base model, manifests."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
-from clinifed.config import Specialty
+from clinifed.config import Name, Specialty
 from clinifed.data.dataset import load_pixels
-from clinifed.data.manifest import Manifest, read_manifest
-from clinifed.errors import ExportError
-from clinifed.export.calibration import require_public, select_evenly
+from clinifed.data.manifest import Manifest, Record, read_manifest
+from clinifed.errors import ExportError, PrivacyError
+from clinifed.export.calibration import pixels_sha256, require_public, select_evenly
 from clinifed.models.adapters import GlobalModel, build_trainable
-from clinifed.models.backbone import Preprocess, load_backbone
+from clinifed.models.backbone import Backbone, load_backbone
 from clinifed.models.state import CARD, Checkpoint
+from clinifed.privacy.objectives import Objective, encode_labels, resolve_objective
 
-__all__ = ["Card", "TestImages", "load_model", "public_manifest"]
+__all__ = ["Card", "PublicImages", "load_model", "public_manifest"]
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,16 @@ class Card:
     """What the export reads of a checkpoint's card."""
 
     file: Path
+    federation: str
     base_model: str  # a model.ref
     sha256: str  # of the base model's weights
     train: str
     temperature: float
+    objective: Objective
     specialties: Mapping[str, Specialty]
     public: Mapping[str, str]  # "validation" | "test" → manifest, relative to the checkpoint
+    exportable: bool  # False: no bundle of it may leave the hospital
+    in_house: tuple[str, ...]  # specialties whose heads were trained on one hospital's data without noise
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Self:
@@ -41,23 +47,34 @@ class Card:
         """
         file, card = checkpoint.path / CARD, checkpoint.card
         try:
+            specialties = TypeAdapter(dict[Name, Specialty]).validate_python(card["specialties"])
+            in_house = tuple(card.get("in_house") or ())
+            unknown = [name for name in in_house if name not in specialties]
+            if unknown or not isinstance(card["exportable"], bool):
+                raise ValueError(f"exportable must be true or false, in_house name its specialties; {unknown}")
             return cls(
                 file,
+                str(card["federation"]),
                 str(card["base_model"]["ref"]),
                 str(card["base_model"]["sha256"]),
                 str(card["training"]["train"]),
                 float(card["training"]["temperature"]),
-                {name: Specialty.model_validate(entry) for name, entry in card["specialties"].items()},
+                resolve_objective(str(card["objective"])),
+                specialties,
                 dict(card.get("public") or {}),
+                card["exportable"],
+                in_house,
             )
         except KeyError as error:
             raise ExportError(f"{file}: key {error} is missing; export a checkpoint clinifed wrote") from error
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, PrivacyError) as error:
             raise ExportError(f"{file}: not a card that can be exported: {error}") from error
 
 
-def public_manifest(card: Card, key: str, given: Path | None, option: str, purpose: str) -> Manifest:
-    """The manifest that an option gives, or else the card's ``public.<key>``; never a hospital's.
+def public_manifest(
+    card: Card, key: str, given: Path | None, option: str, purpose: str, hospital_data: bool = False
+) -> Manifest:
+    """The manifest that an option gives, or else the card's ``public.<key>``.
 
     Args:
         card: of the checkpoint.
@@ -65,10 +82,11 @@ def public_manifest(card: Card, key: str, given: Path | None, option: str, purpo
         given: the option's value.
         option: its name, for the error.
         purpose: what is derived from the images, as the beginning of a sentence.
+        hospital_data: a hospital's manifest is taken too; the bundle must then stay there.
 
     Raises:
         ExportError: neither names a file.
-        PrivacyError: the manifest is a hospital's.
+        PrivacyError: the manifest is a hospital's, and that was not asked for.
         DataError: the manifest cannot be read.
     """
     path = given
@@ -80,11 +98,12 @@ def public_manifest(card: Card, key: str, given: Path | None, option: str, purpo
         if not path.is_file():
             raise ExportError(f"{card.file}: public.{key} is {named!r}, which is not there; give {option} MANIFEST")
     manifest = read_manifest(path)
-    require_public(manifest, purpose)
+    if not hospital_data:
+        require_public(manifest, purpose)
     return manifest
 
 
-def load_model(checkpoint: Checkpoint, card: Card, ref: str) -> tuple[GlobalModel, Preprocess]:
+def load_model(checkpoint: Checkpoint, card: Card, ref: str) -> tuple[GlobalModel, Backbone]:
     """The model a checkpoint describes, in evaluation mode, on the base model it was trained on.
 
     Args:
@@ -103,41 +122,65 @@ def load_model(checkpoint: Checkpoint, card: Card, ref: str) -> tuple[GlobalMode
             "export with the base model that the checkpoint was trained on"
         )
     part = build_trainable(backbone, card.specialties, card.train, card.temperature, checkpoint.params)
-    return GlobalModel(backbone, part).eval(), backbone.preprocess
+    return GlobalModel(backbone, part).eval(), backbone
 
 
 @dataclass(frozen=True)
-class TestImages:
-    """Public test images, ready for the model."""
-
-    __test__ = False  # not a test case, whatever pytest makes of the name
+class PublicImages:
+    """Images that a precision or a head is judged on, ready for the model."""
 
     pixels: NDArray[np.float32]  # (N, 3, S, S), normalised
     specialties: list[str]  # N
-    labels: list[int]  # N indices into the specialty's labels
+    labels: list[int]  # N, as the objective encodes them: an index, or a bit set
+    multi_label: bool  # whether labels are bit sets
+    patients: list[str]  # N pseudonyms; figures count patients
     manifest: Manifest
     skipped: int  # chosen, but unreadable
 
+    @property
+    def pixels_sha256(self) -> str:
+        """Of the pixels as the model gets them."""
+        return pixels_sha256(self.pixels)
+
     @classmethod
-    def load(cls, manifest: Manifest, preprocess: Preprocess, card: Card, count: int) -> Self:
-        """At most ``count`` images with a label of the model's own, evenly over specialties and labels.
+    def load(
+        cls, manifest: Manifest, backbone: Backbone, card: Card, count: int, option: str, only: Sequence[str]
+    ) -> Self:
+        """At most ``count`` images with labels of the model's own, evenly over specialties and labels.
+
+        Args:
+            manifest: where they are listed.
+            backbone: whose preprocessing they get.
+            card: says what the labels are.
+            count: an upper limit.
+            option: of the command line that gives another manifest, for the error.
+            only: the specialties that are exported.
 
         Raises:
             ExportError: there is none, or none can be read.
         """
-        order = {name: list(specialty.labels) for name, specialty in card.specialties.items()}
-        fitting = [r for r in manifest.records if r.label in order.get(r.specialty, ())]
+        order = {name: list(card.specialties[name].labels) for name in only}
+
+        def encoded(record: Record) -> int | None:
+            try:
+                return encode_labels(card.objective, order[record.specialty], record.label)
+            except KeyError:
+                return None
+
+        fitting = [r for r in manifest.records if encoded(r) is not None]
         chosen = select_evenly(fitting, count)
-        loaded = load_pixels(manifest, chosen, preprocess) if chosen else None
+        loaded = load_pixels(manifest, chosen, backbone.preprocess) if chosen else None
         if loaded is None or not loaded.records:
             raise ExportError(
                 f"{manifest.path}: no readable image of {', '.join(order)} with one of their labels; "
-                "give another --test MANIFEST"
+                f"give another {option} MANIFEST"
             )
         return cls(
             loaded.pixels.numpy(),
             [record.specialty for record in loaded.records],
-            [order[record.specialty].index(str(record.label)) for record in loaded.records],
+            [code for record in loaded.records if (code := encoded(record)) is not None],
+            card.objective.labels == "many",
+            [record.patient for record in loaded.records],
             manifest,
             len(chosen) - len(loaded.records),
         )

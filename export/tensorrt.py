@@ -1,24 +1,38 @@
-"""Engines from typed ONNX: one strongly typed code path for TensorRT and TensorRT-RTX.
+"""Engines from typed ONNX, by TensorRT or TensorRT-RTX: the presets' side of :mod:`clinifed.export.builder`.
 
-Both packages share every name used here; they are told apart by capability (``set_compute_capability``), never
-by version. Their builders mostly print and return None: their log is collected and becomes the error's text.
-
-An engine is an executable artefact. Nothing here runs one: TensorRT-RTX builds without a GPU.
+An engine is an executable artefact. Nothing here runs one: TensorRT-RTX builds without a GPU. What cannot be built
+here is planned: a bundle then holds ``build.json`` and the two files that build from it on the device.
 """
 
-import importlib
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from clinifed.errors import ExportError
-from clinifed.evaluation.parity import PIXELS
-from clinifed.export.presets import Engine, Profile
-from clinifed.files import write_atomic
+from clinifed.export import builder
+from clinifed.export.builder import BuildError, Options, Toolkit
+from clinifed.export.presets import Engine
+from clinifed.files import file_sha256, write_atomic, write_json
 
-__all__ = ["TARGETS", "BuiltEngine", "Target", "build_engine", "check_target", "write_engine"]
+__all__ = [
+    "TARGETS",
+    "BuiltEngine",
+    "Planned",
+    "Target",
+    "build_engine",
+    "build_plan",
+    "check_target",
+    "toolkit",
+    "trtexec_command",
+    "write_build_plan",
+    "write_engine",
+]
+
+PLAN = "build.json"
+PLAN_SCHEMA_VERSION = 1
+ON_DEVICE = ("build_engine.py", "builder.py")  # copied into the bundle as they are
 
 
 @dataclass(frozen=True)
@@ -47,7 +61,9 @@ class BuiltEngine:
     target: str
     package: str  # module and version that built it
     compute_capabilities: tuple[str, ...]  # empty: the GPU of the building machine
-    profile: Profile
+    options: Engine
+    lean_runtime: str | None  # of a version-compatible engine: "inside", or "excluded"
+    timing_cache: str | None  # "new", "used" or "refused"; None where none was asked for
     complaints: tuple[str, ...]  # what the builder logged as errors although it returned an engine
 
     def metadata(self) -> dict[str, Any]:
@@ -57,72 +73,42 @@ class BuiltEngine:
             "package": self.package,
             "bytes": len(self.data),
             "compute_capabilities": list(self.compute_capabilities),
-            "profile": self.profile.model_dump(),
+            "profile": self.options.profile.model_dump(),
+            "hardware_compatibility": self.options.hardware_compatibility,
+            "version_compatible": self.options.version_compatible,
+            "lean_runtime": self.lean_runtime,
+            "workspace_mib": self.options.workspace_mib,
+            "timing_cache": self.timing_cache,
             "complaints": list(self.complaints),
             "executed": False,
         }
 
 
 @dataclass(frozen=True)
-class _Toolkit:
-    """An imported package, with the one logger it keeps for the life of the process."""
+class Planned:
+    """An engine that is built on its device."""
 
-    target: Target
-    trt: Any
-    log: list[str]  # errors since the last build began
-    logger: Any
-
-    @property
-    def package(self) -> str:
-        return f"{self.target.module} {self.trt.__version__}"
-
-    def fail(self, what: str) -> ExportError:
-        cause = "; ".join(dict.fromkeys(self.log)) or "the builder logged no reason"
-        return ExportError(f"{self.target.name} ({self.package}): {what}: {cause}")
+    precision: str
+    onnx: Path  # in the bundle
+    model: str  # its name in Triton: the folder under ``local/``
+    options: Engine
 
 
-@cache
-def _toolkit(name: str) -> _Toolkit:
-    """Import the target's package. Raises ExportError with the command that installs it."""
+def _export_error(target: str, error: BuildError) -> ExportError:
+    return ExportError(*(f"target {target!r}: {problem}" for problem in error.problems))
+
+
+def toolkit(name: str) -> Toolkit:
+    """The target's package.
+
+    Raises:
+        ExportError: with the command that installs it.
+    """
     target = TARGETS[name]
     try:
-        trt = importlib.import_module(target.module)
-    except ModuleNotFoundError as error:
-        raise ExportError(
-            f"target {name!r}: the package {target.module} is not installed ({error}); "
-            f"pip install 'clinifed[{target.extra}]', or choose another target"
-        ) from error
-    except (ImportError, OSError) as error:
-        raise ExportError(
-            f"target {name!r}: {target.module} is installed but its libraries cannot be loaded ({error}); "
-            f"install those that belong to it: pip install 'clinifed[{target.extra}]'"
-        ) from error
-
-    log: list[str] = []
-
-    class Collector(trt.ILogger):  # type: ignore[name-defined]  # imported by name
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
-                log.append(message.strip())
-
-    return _Toolkit(target, trt, log, Collector())
-
-
-def _builder(kit: _Toolkit) -> Any:
-    kit.log.clear()
-    try:
-        builder = kit.trt.Builder(kit.logger)
-    except (TypeError, RuntimeError) as error:  # the library's factory returned null
-        raise kit.fail(
-            f"no builder could be made ({error}); this target builds on the GPU it builds for. Export on a "
-            "machine with that GPU, or choose target 'tensorrt-rtx'"
-        ) from error
-    if builder is None:
-        raise kit.fail("no builder could be made")
-    return builder
+        return builder.load(target.module, f"pip install 'clinifed[{target.extra}]', or choose another target")
+    except BuildError as error:
+        raise _export_error(name, error) from error
 
 
 def check_target(name: str) -> str:
@@ -133,75 +119,113 @@ def check_target(name: str) -> str:
     """
     if name not in TARGETS:
         raise ExportError(f"target {name!r} is not known; use one of {', '.join(sorted(TARGETS))} or 'onnx'")
-    kit = _toolkit(name)
-    _builder(kit)
+    kit = toolkit(name)
+    try:
+        builder.make_builder(kit)
+    except BuildError as error:
+        remedy = "export on a machine with that GPU, build on the device from the bundle, or choose 'tensorrt-rtx'"
+        raise ExportError(*_export_error(name, error).problems, remedy) from error
     return kit.package
 
 
-def build_engine(onnx_path: Path, target: str, options: Engine) -> BuiltEngine:
+def _options(engine: Engine, timing_cache: Path | None = None) -> Options:
+    return Options(
+        (engine.profile.min, engine.profile.opt, engine.profile.max),
+        engine.compute_capabilities,
+        engine.hardware_compatibility,
+        engine.version_compatible,
+        engine.workspace_mib,
+        timing_cache,
+    )
+
+
+def build_engine(
+    onnx_path: Path,
+    target: str,
+    options: Engine,
+    progress: Callable[[str], None] | None = None,
+    timing_cache: Path | None = None,
+) -> BuiltEngine:
     """Build an engine from a typed ONNX file; its precisions are the file's own.
 
     Args:
         onnx_path: a graph with one input ``pixels`` (B, 3, S, S) of dynamic batch.
         target: a key of :data:`TARGETS`.
-        options: the optimisation profile, and the compute capabilities for builders that take them.
+        options: of the profile and precision; see :class:`clinifed.export.presets.Engine`.
+        progress: called now and then with one line, from another thread.
+        timing_cache: a file of kernel timings, read if it is there and written afterwards. One that the builder
+            refuses stays as it is, and that is among the engine's complaints. TensorRT-RTX takes none.
 
     Raises:
-        ExportError: see :func:`check_target`; or the file cannot be parsed, the profile does not fit it, a
-            compute capability is unknown, or the builder gave up. The message holds the builder's own words.
+        ExportError: see :func:`check_target`; or the file cannot be parsed, the profile does not fit it, an option is
+            refused, or the builder gave up. The message holds the builder's own words.
+        KeyboardInterrupt: Ctrl-C, once the builder has stopped.
     """
     check_target(target)
-    kit = _toolkit(target)
-    trt, builder = kit.trt, _builder(kit)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, kit.logger)
-    if not parser.parse_from_file(str(onnx_path)):
-        kit.log.extend(str(parser.get_error(i)) for i in range(parser.num_errors))
-        raise kit.fail(f"{onnx_path.name} cannot be parsed")
-    config = builder.create_builder_config()
-    _add_profile(kit, builder, network, config, options.profile)
-    capabilities = _set_compute_capabilities(kit, config, options.compute_capabilities)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise kit.fail(f"no engine came of {onnx_path.name}")
-    return BuiltEngine(bytes(plan), target, kit.package, capabilities, options.profile, complaints=tuple(kit.log))
-
-
-def _add_profile(kit: _Toolkit, builder: Any, network: Any, config: Any, profile: Profile) -> None:
-    """One optimisation profile over the batch axis; a bad one is False or -1, not an exception."""
-    shape = next((tuple(t.shape) for t in map(network.get_input, range(network.num_inputs)) if t.name == PIXELS), None)
-    if shape is None:
-        raise kit.fail(f"the graph has no input named {PIXELS!r}")
-    wanted = builder.create_optimization_profile()
-    wanted.set_shape(PIXELS, *((batch, *shape[1:]) for batch in (profile.min, profile.opt, profile.max)))
-    if not wanted or config.add_optimization_profile(wanted) < 0:
-        batches = f"{profile.min}/{profile.opt}/{profile.max}"
-        raise kit.fail(f"the optimisation profile {batches} does not fit the input {shape}")
-
-
-def _set_compute_capabilities(kit: _Toolkit, config: Any, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Name the GPUs the engine is for, where the builder takes names; returns what it then holds."""
-    if not hasattr(config, "set_compute_capability"):
-        return ()
-    # CURRENT and NONE look at the machine's own GPU; an engine for hospitals names its GPUs.
-    known = {n: v for n, v in kit.trt.ComputeCapability.__members__.items() if n.startswith("SM")}
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ExportError(
-            f"compute capability {', '.join(unknown)}: {kit.package} builds for {', '.join(known)} only; "
-            "change engine.compute_capabilities in presets.yaml"
-        )
-    config.num_compute_capabilities = len(names)
-    for i, name in enumerate(names):
-        config.set_compute_capability(known[name], i)
-    held = tuple(config.get_compute_capability(i).name for i in range(config.num_compute_capabilities))
-    if held != names:  # a refused setting is only logged
-        raise kit.fail(f"compute capabilities {names} were asked for, the builder holds {held}")
-    return held
+    kit = toolkit(target)
+    try:
+        built = builder.build(kit, onnx_path, _options(options, timing_cache), progress or (lambda line: None))
+    except BuildError as error:
+        raise _export_error(target, error) from error
+    return BuiltEngine(
+        built.data,
+        target,
+        built.package,
+        built.compute_capabilities,
+        options,
+        built.lean_runtime,
+        built.timing_cache,
+        built.complaints,
+    )
 
 
 def write_engine(engine: BuiltEngine, path: Path) -> int:
-    """Write the engine's bytes, atomically, and the folders above; returns their number."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, engine.data)
+    """Write the engine's bytes, atomically, and the folders above; returns their number.
+
+    Raises:
+        ExportError: it cannot be written, as on a full disk; nothing is left half-written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, engine.data)
+    except OSError as error:
+        raise ExportError(
+            f"{path}: the engine cannot be written ({error.strerror}); it takes {len(engine.data) >> 20} MiB"
+        ) from error
     return len(engine.data)
+
+
+def trtexec_command(onnx: str, options: Engine, size_px: int, engine: str = "model.plan") -> str:
+    """The same build as a command line of NVIDIA's trtexec, for a square image of ``size_px``."""
+    return builder.trtexec_command(onnx, (3, size_px, size_px), _options(options), engine)
+
+
+def build_plan(bundle: Path, engines: Sequence[Planned], size_px: int, on_device: str | None) -> dict[str, Any]:
+    """What ``build.json`` says: JSON values, by which ``build_engine.py`` builds on a device.
+
+    Args:
+        bundle: the directory that holds the ONNX files.
+        engines: those that are built on the device; each precision once, each model once.
+        size_px: S, the side of an image in pixels.
+        on_device: which device that is, in words; None: any that the builder finds.
+    """
+    precisions = {}
+    for planned in engines:
+        onnx = planned.onnx.relative_to(bundle).as_posix()
+        precisions[planned.precision] = {
+            "onnx": onnx,
+            "sha256": file_sha256(planned.onnx),
+            "shape": [3, size_px, size_px],
+            "model": planned.model,
+            **planned.options.model_dump(mode="json"),
+            "on_device": on_device,
+            "trtexec": trtexec_command(onnx, planned.options, size_px, f"{planned.model}.plan"),
+        }
+    return {"schema_version": PLAN_SCHEMA_VERSION, "precisions": precisions}
+
+
+def write_build_plan(bundle: Path, plan: Mapping[str, Any]) -> None:
+    """Write ``build.json``, and the files that build from it, into ``bundle``."""
+    write_json(bundle / PLAN, plan)
+    for name in ON_DEVICE:
+        shutil.copyfile(Path(__file__).with_name(name), bundle / name)

@@ -27,7 +27,7 @@ from clinifed.jobs.kit_flare import Outcome, flare_check
 from clinifed.policy import POLICY_FOLDER, SitePolicy, find_policy
 from clinifed.privacy.accountant import epsilon_of
 from clinifed.privacy.ledger import Ledger
-from clinifed.privacy.signing import public_key, read_signing_key
+from clinifed.signing import public_key, read_signing_key
 
 __all__ = ["CHECKS", "Preflight", "preflight"]
 

@@ -18,7 +18,7 @@ from clinifed.files import write_atomic, write_json
 from clinifed.jobs.kit import job_rules
 from clinifed.policy import POLICY_FOLDER, Budget, SitePolicy
 from clinifed.privacy.ledger import Ledger
-from clinifed.privacy.signing import make_signing_key, public_key, read_signing_key
+from clinifed.signing import make_signing_key, public_key, read_signing_key
 
 __all__ = [
     "PreparedData",

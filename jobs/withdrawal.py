@@ -11,7 +11,7 @@ from clinifed.load import read_yaml, validate
 from clinifed.policy import SitePolicy
 from clinifed.privacy.cohorts import Cohorts, Touched, touched
 from clinifed.privacy.ledger import read_ledger
-from clinifed.privacy.signing import read_signing_key
+from clinifed.signing import read_signing_key
 
 __all__ = ["touched_by"]
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import open_clip
 import torch
+from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import dynamic_module_utils
 
 from clinifed.errors import ModelError
 
@@ -22,6 +24,10 @@ log = logging.getLogger(__name__)
 BIOMEDCLIP = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
 TINY = "tiny"
 _TINY_DIR = Path(__file__).resolve().parent / "tiny"
+_CONFIG = "open_clip_config.json"
+
+# transformers would ask on the terminal whether to run a model's own code, for this many seconds; the answer is no.
+dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
 
 
 @dataclass(frozen=True)
@@ -94,18 +100,43 @@ def _open_clip_ref(ref: str) -> tuple[str, dict[str, object]]:
         raise ModelError(
             f"model.ref {ref!r} is not known: use {TINY!r}, 'local-dir:/path/to/model' or 'hf-hub:owner/name'"
         )
-    config = root / "open_clip_config.json"
+    config = root / _CONFIG
     if not config.is_file():
-        raise ModelError(f"{ref}: no {config.name} in {root}; a model directory needs it beside its weights")
-    text_cfg = dict(json.loads(config.read_text(encoding="utf-8"))["model_cfg"]["text_cfg"])
+        raise ModelError(f"{ref}: no {_CONFIG} in {root}; a model directory needs it beside its weights")
+    text_cfg = _text_cfg(config)
     if (root / "text" / "config.json").is_file():
         # A relative name would be looked up on the hub, or against the working directory.
         text_cfg.update(hf_model_name=str(root / "text"), hf_model_pretrained=False)
     return f"local-dir:{root}", {"text_cfg": text_cfg}
 
 
+def _text_cfg(config: Path) -> dict[str, Any]:
+    """What a model's configuration says of its text tower. Raises ModelError where it says nothing."""
+    try:
+        return dict(json.loads(config.read_text(encoding="utf-8"))["model_cfg"]["text_cfg"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ModelError(f"{config}: no configuration of a model ({type(error).__name__}: {error})") from error
+
+
+def _tokenizer(name: str) -> Callable[[Sequence[str]], Tensor]:
+    """The tokenizer of an open_clip name, from data alone.
+
+    A model's ``tokenizer_kwargs`` reach transformers, and with ``trust_remote_code`` among them the model's own
+    Python would run. What the caller says wins over them.
+    """
+    if name.startswith("hf-hub:"):
+        config = Path(hf_hub_download(name.removeprefix("hf-hub:"), _CONFIG))
+    else:
+        config = Path(name.removeprefix("local-dir:")) / _CONFIG
+    of_transformers = bool(_text_cfg(config).get("hf_tokenizer_name"))  # open_clip's own tokenizers run no model's code
+    found: Callable[[Sequence[str]], Tensor] = open_clip.get_tokenizer(
+        name, **({"trust_remote_code": False} if of_transformers else {})
+    )
+    return found
+
+
 def load_backbone(ref: str) -> Backbone:
-    """Load a frozen backbone on the CPU, in evaluation mode.
+    """Load a frozen backbone on the CPU, in evaluation mode. Nothing of it is unpickled or run as a program.
 
     Args:
         ref: ``tiny`` (ships with clinifed), ``local-dir:PATH`` or ``hf-hub:OWNER/NAME``.
@@ -117,7 +148,9 @@ def load_backbone(ref: str) -> Backbone:
     try:
         # Without weights open_clip would go on with random ones.
         model = open_clip.create_model(name, require_pretrained=True, **overrides)
-        tokenizer = open_clip.get_tokenizer(name)
+        tokenizer = _tokenizer(name)
+    except ModelError:
+        raise
     except Exception as error:  # open_clip, huggingface_hub and safetensors each raise their own kinds
         raise ModelError(
             f"model.ref {ref!r} could not be loaded ({type(error).__name__}: {error}). Without internet, mirror "

@@ -18,6 +18,7 @@ __all__ = ["CARD", "WEIGHTS", "Checkpoint", "apply_delta", "read_checkpoint"]
 
 WEIGHTS = "model.safetensors"
 CARD = "card.json"
+_MAX_CARD_BYTES = 16 << 20  # a site adds about 2 KiB
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,29 @@ def read_checkpoint(path: Path) -> Checkpoint:
     missing = [name for name in (WEIGHTS, CARD) if not (path / name).is_file()]
     if missing:
         raise ModelError(f"{path}: not a checkpoint, {' and '.join(missing)} missing")
+    card = _read_card(path / CARD)
     try:
+        if card.get("weights_sha256", digest := file_sha256(path / WEIGHTS)) != digest:
+            raise ModelError(f"{path}: {WEIGHTS} is not the one that {CARD} describes; fetch the checkpoint again")
         params = load_file(path / WEIGHTS)
-        card = json.loads((path / CARD).read_text(encoding="utf-8"))
-    except (SafetensorError, ValueError) as error:
-        raise ModelError(f"{path}: the checkpoint cannot be read: {error}") from error
-    if card.get("weights_sha256", file_sha256(path / WEIGHTS)) != file_sha256(path / WEIGHTS):
-        raise ModelError(f"{path}: {WEIGHTS} is not the one that {CARD} describes; fetch the checkpoint again")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path / WEIGHTS}: cannot be read as safetensors: {error}") from error
     return Checkpoint(path, params, card)
+
+
+def _read_card(path: Path) -> dict[str, Any]:
+    """The card, an object of JSON; a stranger's is not read where it is too large or too deep to be one."""
+    try:
+        if (size := path.stat().st_size) > _MAX_CARD_BYTES:
+            raise ModelError(f"{path}: has {size} bytes; a card has at most {_MAX_CARD_BYTES}")
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: the card cannot be read: {error}") from error
+    except RecursionError:
+        raise ModelError(f"{path}: the card cannot be read: it is nested too deeply") from None
+    if not isinstance(card, dict):
+        raise ModelError(f"{path}: expected an object, found {type(card).__name__}")
+    return card
 
 
 def apply_delta(start: Mapping[str, Tensor], delta: Mapping[str, Tensor]) -> dict[str, Tensor]:

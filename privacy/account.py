@@ -21,7 +21,7 @@ from clinifed.errors import LedgerError
 from clinifed.files import canonical_json
 from clinifed.privacy.accountant import budget_units
 from clinifed.privacy.chain import Record
-from clinifed.privacy.signing import verify
+from clinifed.signing import verify
 
 __all__ = ["FORMAT", "INCREASE", "Account", "JobAccount", "increase_digest"]
 

@@ -18,7 +18,7 @@ from clinifed.policy import Budget, SitePolicy
 from clinifed.privacy.account import FORMAT, INCREASE, Account, JobAccount, increase_digest
 from clinifed.privacy.accountant import budget_units, epsilon_of
 from clinifed.privacy.chain import Chain, Record
-from clinifed.privacy.signing import public_key, sign
+from clinifed.signing import public_key, sign
 
 __all__ = ["Ledger", "LedgerState", "read_ledger"]
 

@@ -11,7 +11,7 @@ from clinifed.errors import LedgerError, PrivacyError
 from clinifed.policy import Budget
 from clinifed.privacy.accountant import budget_units
 from clinifed.privacy.ledger import Ledger
-from clinifed.privacy.signing import public_key, read_signing_key
+from clinifed.signing import public_key, read_signing_key
 
 CONFIGS = Path(__file__).parents[1] / "simulator_configs"
 

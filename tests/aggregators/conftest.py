@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from clinifed.contract import Contract
 from clinifed.messages import SIGNED, Update, allowed_names, release_sha256
 from clinifed.privacy.claims import make_claim
-from clinifed.privacy.signing import make_signing_key, public_key, sign
+from clinifed.signing import make_signing_key, public_key, sign
 
 SITES = {"alder": ("radiology",), "birch": ("dermatology", "radiology"), "cedar": ("dermatology", "emergency")}
 JOB = "run"

@@ -7,7 +7,15 @@ from PIL import Image
 from clinifed.config import Specialty
 from clinifed.data.manifest import Record, write_manifest
 from clinifed.errors import DataError
-from clinifed.evaluation.metrics import Scores, mean_scores, multi_label_scores, patient_scores
+from clinifed.evaluation.metrics import (
+    Scores,
+    calibration_bins,
+    expected_calibration_error,
+    mean_scores,
+    multi_label_calibration_error,
+    multi_label_scores,
+    patient_scores,
+)
 from clinifed.executors.features import patient_tensors
 from clinifed.jobs.baselines import score_part
 from clinifed.models.adapters import GlobalModel, build_trainable
@@ -84,3 +92,29 @@ def test_a_manifest_with_several_labels_reaches_the_scores(tmp_path) -> None:
     assert score_part(part, data, ["radiology"], many)["radiology"].patients == 3
     with pytest.raises(DataError, match="2 images of radiology have a label outside"):
         patient_tensors(model, backbone, manifest, {"radiology": specialty}, **options)
+
+
+def test_a_model_as_sure_as_it_is_right_has_no_calibration_error() -> None:
+    probability = np.tile([0.75, 0.25], (8, 1))
+    assert expected_calibration_error(probability, np.array([0] * 6 + [1] * 2)) == pytest.approx(0)
+
+
+def test_calibration_error_is_the_weighted_gap_of_the_bins() -> None:
+    # Three rows in the bin of 0.9, two of them right; one row in the bin of 0.6, wrong.
+    probability = np.array([[0.9, 0.1], [0.9, 0.1], [0.1, 0.9], [0.6, 0.4]])
+    found = expected_calibration_error(probability, np.array([0, 1, 1, 1]))
+    assert found == pytest.approx((3 * abs(2 / 3 - 0.9) + 1 * abs(0 - 0.6)) / 4)
+
+
+def test_a_bin_reaches_from_above_its_lower_edge_to_its_upper_edge() -> None:
+    assert calibration_bins(np.array([0.0, 0.2, 0.21, 0.4, 1.0]), 5).tolist() == [0, 0, 1, 1, 4]
+
+
+def test_with_several_labels_the_calibration_error_is_the_mean_over_labels() -> None:
+    # Label 0 is said to hold at 0.8 and holds always; label 1 at 0.3 and holds never.
+    probability = np.tile([0.8, 0.3], (5, 1))
+    assert multi_label_calibration_error(probability, np.full(5, 0b01)) == pytest.approx((0.2 + 0.3) / 2)
+
+
+def test_a_broken_probability_has_no_calibration_error() -> None:
+    assert np.isnan(expected_calibration_error(np.array([[np.nan, 0.5]]), np.array([1])))

@@ -23,7 +23,7 @@ from clinifed.models.specialties import SPECIALTIES
 from clinifed.policy import Budget, SitePolicy
 from clinifed.privacy.ledger import Ledger
 from clinifed.privacy.outbox import pack
-from clinifed.privacy.signing import make_signing_key
+from clinifed.signing import make_signing_key
 
 ROUNDS, RESERVE, SIGMA = 6, 2, 190.0  # a budget that outlasts the kills on a busy machine, too
 CONTRACT = Contract(

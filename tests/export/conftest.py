@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from clinifed.config import DataClass
 from clinifed.data.dataset import load_pixels
 from clinifed.data.manifest import Record, read_manifest, write_manifest
+from clinifed.export.deployed import DeployedModel, deploy
 from clinifed.export.onnx import export_onnx
 from clinifed.models.adapters import GlobalModel, TrainablePart, build_trainable
 from clinifed.models.backbone import Backbone, load_backbone
@@ -92,9 +93,12 @@ def fit_heads(part: TrainablePart, embedding: torch.Tensor, images: SimpleNamesp
 
 
 @pytest.fixture(scope="session")
-def model(backbone: Backbone, images: dict[str, SimpleNamespace]) -> GlobalModel:
+def trained(backbone: Backbone, images: dict[str, SimpleNamespace]) -> GlobalModel:
     specialties = {name: SPECIALTIES[name] for name in SPECIALTY_NAMES}
     part = build_trainable(backbone, specialties, "projection", TEMPERATURE)
+    with torch.no_grad():  # so that the trained projection and the base model's differ
+        weight = part.trunk["projection"].weight
+        weight += 0.1 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
     model = GlobalModel(backbone, part).eval()
     with torch.no_grad():
         embedding, _ = model(torch.from_numpy(images["validation"].pixels))
@@ -103,7 +107,13 @@ def model(backbone: Backbone, images: dict[str, SimpleNamespace]) -> GlobalModel
 
 
 @pytest.fixture(scope="session")
-def graph(model: GlobalModel, backbone: Backbone) -> onnx.ModelProto:
+def model(trained: GlobalModel, backbone: Backbone) -> DeployedModel:
+    """The trained model with its prompts baked in; not to be changed."""
+    return deploy(trained, backbone, {name: SPECIALTIES[name] for name in SPECIALTY_NAMES}, TEMPERATURE)
+
+
+@pytest.fixture(scope="session")
+def graph(model: DeployedModel, backbone: Backbone) -> onnx.ModelProto:
     """The model as FP32 ONNX; not to be changed."""
     return export_onnx(model, backbone.preprocess.size_px)
 
@@ -115,13 +125,16 @@ def calibration(images: dict[str, SimpleNamespace]) -> NDArray[np.float32]:
 
 @pytest.fixture(scope="session")
 def checkpoint(
-    tmp_path_factory: pytest.TempPathFactory, model: GlobalModel, backbone: Backbone, sets: dict[str, Path]
+    tmp_path_factory: pytest.TempPathFactory, trained: GlobalModel, backbone: Backbone, sets: dict[str, Path]
 ) -> Path:
     """A checkpoint directory as a federation leaves it, beside its public sets."""
     path = tmp_path_factory.mktemp("run") / "checkpoint"
     path.mkdir()
-    save_file({k: v.contiguous() for k, v in model.part.state_dict().items()}, path / "model.safetensors")
+    save_file({k: v.contiguous() for k, v in trained.part.state_dict().items()}, path / "model.safetensors")
     card = {
+        "federation": "stripes",
+        "objective": "cross-entropy",
+        "exportable": True,
         "base_model": {"ref": "tiny", "sha256": backbone.sha256},
         "training": {"train": "projection", "temperature": TEMPERATURE},
         "specialties": {name: SPECIALTIES[name].model_dump(mode="json") for name in SPECIALTY_NAMES},

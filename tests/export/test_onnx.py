@@ -5,13 +5,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 
 from clinifed.evaluation.parity import run_onnx
-from clinifed.export.onnx import MAX_BATCH, OPSET, export_onnx, write_onnx
+from clinifed.export.deployed import DeployedModel, TextTower, deploy
+from clinifed.export.onnx import MAX_BATCH, OPSET, export_onnx, export_text, write_onnx
 from clinifed.models.adapters import GlobalModel
 from clinifed.models.backbone import Backbone
+from clinifed.models.specialties import SPECIALTIES
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +30,11 @@ def test_the_interface_is_pixels_in_embedding_and_logits_out(graph: onnx.ModelPr
     assert pixels.name == "pixels"
     assert batch.dim_param
     assert [d.dim_value for d in rest] == [3, 160, 160]
-    assert {o.name for o in graph.graph.output} == {"embedding", "logits_emergency", "logits_radiology"}
+    kinds = ("logits_", "zero_shot_")
+    assert [o.name for o in graph.graph.output] == [
+        "embedding",
+        *(kind + name for kind in kinds for name in ("emergency", "radiology")),
+    ]
     assert [(o.domain, o.version) for o in graph.opset_import] == [("", OPSET)]
 
 
@@ -40,20 +47,46 @@ def test_layer_norm_and_gelu_stay_whole(graph: onnx.ModelProto) -> None:
 
 @pytest.mark.parametrize("batch", [1, 3, MAX_BATCH])
 def test_it_computes_what_torch_computes(
-    batch: int, file: Path, model: GlobalModel, images: dict[str, SimpleNamespace]
+    batch: int, file: Path, model: DeployedModel, images: dict[str, SimpleNamespace]
 ) -> None:
     pixels = np.resize(images["test"].pixels, (batch, *images["test"].pixels.shape[1:]))
     with torch.no_grad():
-        embedding, logits = model(torch.from_numpy(pixels))
+        embedding, logits, zero_shot = model(torch.from_numpy(pixels))
     found = run_onnx(file, pixels, batch_size=batch)
     np.testing.assert_allclose(found.embedding, embedding.numpy(), rtol=0, atol=1e-5)
     scale = max(value.abs().max().item() for value in logits.values())
     for name, value in logits.items():
         np.testing.assert_allclose(found.logits[name], value.numpy(), rtol=0, atol=1e-5 * max(1, scale))
+        np.testing.assert_allclose(found.zero_shot[name], zero_shot[name].numpy(), rtol=0, atol=1e-5 * max(1, scale))
+
+
+@pytest.mark.parametrize("batch", [1, 3, MAX_BATCH])
+def test_the_text_graph_computes_what_torch_computes(batch: int, backbone: Backbone, tmp_path: Path) -> None:
+    tower, tokens = TextTower(backbone).eval(), backbone.tokenizer(["a chest x-ray", "clear lungs", "a burn"])
+    path = tmp_path / "text.onnx"
+    write_onnx(export_text(tower, tokens.shape[1]), path)
+    tokens = tokens[torch.arange(batch) % len(tokens)]
+    with torch.no_grad():
+        expected = tower(tokens).numpy()
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (found,) = session.run(["text_embedding"], {"tokens": tokens.numpy()})
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_head_exported_as_zero_shot_has_both_outputs(
+    trained: GlobalModel, backbone: Backbone, tmp_path: Path
+) -> None:
+    specialties = {name: SPECIALTIES[name] for name in ("emergency", "radiology")}
+    model = deploy(trained, backbone, specialties, 10.0, zero_shot_heads=["radiology"])
+    write_onnx(export_onnx(model, backbone.preprocess.size_px), tmp_path / "model.onnx")
+    pixels = np.zeros((2, 3, 160, 160), np.float32)
+    found = run_onnx(tmp_path / "model.onnx", pixels)
+    assert np.array_equal(found.logits["radiology"], found.zero_shot["radiology"])
+    assert not np.array_equal(found.logits["emergency"], found.zero_shot["emergency"])
 
 
 def test_the_same_model_gives_the_same_bytes(
-    file: Path, model: GlobalModel, backbone: Backbone, tmp_path: Path
+    file: Path, model: DeployedModel, backbone: Backbone, tmp_path: Path
 ) -> None:
     again = tmp_path / "again.onnx"
     size = write_onnx(export_onnx(model, backbone.preprocess.size_px), again)

@@ -25,45 +25,46 @@ DEADLINE_S = 15
 def test_troubles_of_sites_cost_the_round_that_site_and_the_ledger_never_undercounts(live: LiveFederation) -> None:
     """One trouble a round, another site each time; a quiet round after each policy or ledger that was mended."""
     live.fault("alder", "before-noise", "stop", round=0)  # the trainer hangs, its charge made
-    live.fault("birch", "answered", "sleep", round=1, seconds=DEADLINE_S + 5)  # the answer is late
-    live.fault("cedar", "outbox-write", "full", round=2)  # charged, and the release cannot be kept
-    live.fault("alder", "ledger-write", "full", round=3)  # the charge cannot be written down
-    live.fault("server", "weights-written-not-yet", "full", round=4)
+    live.fault("birch", "answered", "sleep", round=2, seconds=DEADLINE_S + 5)  # the answer is late
+    live.fault("cedar", "outbox-write", "full", round=3)  # charged, and the release cannot be kept
+    live.fault("alder", "ledger-write", "full", round=4)  # the charge cannot be written down
+    live.fault("server", "weights-written-not-yet", "full", round=5)
     damaged: dict[str, bytes] = {}
 
     def told(text: str) -> None:
         ledger = live.policies["birch"].ledger
-        if text.startswith("round 5 of"):  # before round 5, counted from 0: somebody edits a ledger
+        if text.startswith("round 6 of"):  # before round 6, counted from 0: somebody edits a ledger
             damaged["ledger"] = ledger.read_bytes()
             ledger.write_bytes(damaged["ledger"].replace(b'"units":', b'"units": ', 1))
-        if text.startswith("round 6 of"):
+        if text.startswith("round 7 of"):
             ledger.write_bytes(damaged["ledger"])  # the steward restores it
             tight = live.policies["cedar"].model_copy(update={"budget": Budget(epsilon=0.01, delta=1e-5)})
             write_policy(live.paths["cedar"] / "local", tight)  # another one lowers the budget, in the middle of a run
-        if text.startswith("round 7 of"):
+        if text.startswith("round 8 of"):
             write_policy(live.paths["cedar"] / "local", live.policies["cedar"])
 
-    change = {"rounds": 8, "aggregation": {"round_timeout_s": DEADLINE_S}, "privacy": {"reserve_rounds": 4}}
+    change = {"rounds": 9, "aggregation": {"round_timeout_s": DEADLINE_S}, "privacy": {"reserve_rounds": 4}}
     outcome = live.run(change, told=told)
     assert live.waiting() == []
     missing = [entry["missing"] for entry in outcome.rounds]
     assert missing[0] == {"alder": "deadline"}
-    assert missing[1] == {"birch": "deadline"}
-    assert set(missing[2]) == {"cedar"}
-    assert set(missing[3]) == {"alder"}
-    assert missing[4] == {}, "the server's own trouble: the round is done again in the next job"
-    assert missing[5] == {"birch": "policy"}
-    assert missing[6] == {"cedar": "policy"}, "a lowered budget stops before the step"
-    assert missing[7] == {}
+    assert set(missing[1]) <= {"alder"}, "a trainer that hung is ended and starts anew, on a busy machine for a round"
+    assert missing[2] == {"birch": "deadline"}
+    assert set(missing[3]) == {"cedar"}
+    assert set(missing[4]) == {"alder"}
+    assert missing[5] == {}, "the server's own trouble: the round is done again in the next job"
+    assert missing[6] == {"birch": "policy"}
+    assert missing[7] == {"cedar": "policy"}, "a lowered budget stops before the step"
+    assert missing[8] == {}
     assert len(outcome.jobs) == 2
     assert all(entry["counted"] for entry in outcome.rounds)
     # What was charged and never sent stays charged.
     charged = {site: sorted(number for number, _ in live.job(outcome, site).charges.values()) for site in SITES}
     assert 0 in charged["alder"]
-    assert 1 in charged["birch"]
-    assert 2 in charged["cedar"]
-    assert 5 not in charged["birch"]
-    assert 6 not in charged["cedar"]
+    assert 2 in charged["birch"]
+    assert 3 in charged["cedar"]
+    assert 6 not in charged["birch"]
+    assert 7 not in charged["cedar"]
 
 
 def test_a_network_that_is_cut_or_swallows_everything_applies_no_update_twice(live: LiveFederation) -> None:
@@ -95,9 +96,10 @@ def test_two_jobs_that_race_for_the_last_of_the_budget_exactly_one_is_admitted(l
     contract = live.contract(federation)
     live.approve(federation, contract)
     cost = contract.promise.releases * cost_units(contract.promise.noise_multiplier)
-    for policy in live.policies.values():  # one run and a half fit, whatever was spent before
-        spent = Ledger.of(policy).state().spent_units
-        tight = Budget(epsilon=epsilon_of(spent + cost + cost // 2, 1e-5), delta=1e-5)
+    for policy in live.policies.values():  # one run and a half fit, whatever was spent or reserved before
+        state = Ledger.of(policy).state()
+        held = state.spent_units + state.reserved_units
+        tight = Budget(epsilon=epsilon_of(held + cost + cost // 2, 1e-5), delta=1e-5)
         write_policy(live.paths[policy.site] / "local", policy.model_copy(update={"budget": tight}))
     before = live.spent()
     runs = [uuid.uuid4().hex, uuid.uuid4().hex]
@@ -114,11 +116,11 @@ def test_two_jobs_that_race_for_the_last_of_the_budget_exactly_one_is_admitted(l
     finished = [run for run in runs if any(e["event"] == "run_finished" for e in events[run])]
     refused = {e["site"] for run in runs for e in events[run] if e["event"] == "site_refused"}
     accounts = {site: Ledger.of(live.policies[site]).account() for site in SITES}
-    for site in SITES:
-        admitted = [run for run in runs if run in accounts[site].jobs and accounts[site].jobs[run].charged]
-        assert len(admitted) == 1, f"{site}: {admitted}"
+    # Which of the two comes first may differ from site to site; that one of them then has the quorum of two does not.
+    admitted = {site: [run for run in runs if run in accounts[site].jobs] for site in SITES}
+    assert all(len(mine) == 1 for mine in admitted.values()), admitted
     assert len(finished) == 1
     assert refused == set(SITES)
     after = live.spent()
-    assert all(after[site] > before[site] for site in SITES)
+    assert all(after[site] > before[site] for site in SITES if admitted[site] == finished)
     live.check_no_orphans()

@@ -12,7 +12,7 @@ from clinifed.files import write_atomic
 from clinifed.jobs.provision import provision
 from clinifed.policy import Budget, SitePolicy
 from clinifed.privacy.ledger import Ledger
-from clinifed.privacy.signing import make_signing_key
+from clinifed.signing import make_signing_key
 
 SITES = ("alder", "birch", "cedar-2")
 

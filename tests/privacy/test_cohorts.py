@@ -8,7 +8,7 @@ from clinifed.errors import LedgerError
 from clinifed.policy import Budget
 from clinifed.privacy.cohorts import Cohorts, touched
 from clinifed.privacy.ledger import Ledger, read_ledger
-from clinifed.privacy.signing import make_signing_key
+from clinifed.signing import make_signing_key
 
 
 @pytest.fixture

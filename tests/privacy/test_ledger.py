@@ -13,7 +13,7 @@ from clinifed.policy import Budget
 from clinifed.privacy import ledger as module
 from clinifed.privacy.accountant import budget_units, cost_units, noise_multiplier_for
 from clinifed.privacy.ledger import Ledger, read_ledger
-from clinifed.privacy.signing import make_signing_key, public_key
+from clinifed.signing import make_signing_key, public_key
 
 DELTA = 1e-5
 BUDGET = Budget(epsilon=1.0, delta=DELTA)

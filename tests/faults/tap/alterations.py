@@ -19,7 +19,7 @@ from clinifed.executors.filters import to_shareable
 from clinifed.messages import SIGNED, Update, release_sha256
 from clinifed.policy import SitePolicy, find_policy
 from clinifed.privacy.outbox import Outbox
-from clinifed.privacy.signing import read_signing_key, sign
+from clinifed.signing import read_signing_key, sign
 
 SITE = os.environ["CLINIFED_KIT"]  # the hostile one
 ANOTHER = "alder"  # an honest one, of other specialties
