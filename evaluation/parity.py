@@ -57,12 +57,18 @@ class Parity:
     cosine_min: float
     embedding_max_abs: float
     logits_max_abs: float  # over all heads, and over the zero-shot logits that both have
+    logits_scale: float  # the reference's largest magnitude among them; heads may have weights of any size
     top1_agreement: float  # fraction of images with the same decision, in [0, 1]
     top1_by_specialty: Mapping[str, float]
     # specialty → one of clinifed.evaluation.intervals.FIGURES → difference with its interval; empty without labels
     differences: Mapping[str, Mapping[str, Difference]]
     resampled: Literal["patients", "images"]  # what the intervals drew
     per_image: PerImage = field(compare=False, repr=False)
+
+    @property
+    def logits_max_rel(self) -> float:
+        """The largest difference of logits as a share of the largest logit, or of 1 where that is smaller."""
+        return self.logits_max_abs / max(1.0, self.logits_scale)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values but ``per_image``; a figure that is not finite (an overflow in the candidate) becomes None."""
@@ -160,6 +166,7 @@ def compare(
         cosine_min=float(cosine.min()),
         embedding_max_abs=float(embedding_gap),
         logits_max_abs=float(np.max(logit_gaps)),
+        logits_scale=float(max(np.max(np.abs(value)) for value, _ in pairs)),
         top1_agreement=float(same.mean()),
         top1_by_specialty=by_specialty,
         differences=differences,

@@ -88,7 +88,8 @@ class Thresholds(_Preset):
 
     cosine_mean: Annotated[float, Field(ge=-1, le=1)]
     top1_agreement: Annotated[float, Field(ge=0, le=1)]
-    logits_max_abs: float | None = Field(None, gt=0)
+    embedding_max_abs: float | None = Field(None, gt=0)  # an embedding has length 1
+    logits_max_rel: float | None = Field(None, gt=0)  # of the largest logit
 
     def failures(self, parity: Parity) -> list[str]:
         """Every threshold that ``parity`` misses, in words; a figure that is not a number misses."""
@@ -97,8 +98,11 @@ class Thresholds(_Preset):
             for name, limit in (("cosine_mean", self.cosine_mean), ("top1_agreement", self.top1_agreement))
             if not getattr(parity, name) >= limit
         ]
-        if self.logits_max_abs is not None and not parity.logits_max_abs <= self.logits_max_abs:
-            found.append(f"logits_max_abs {parity.logits_max_abs:.3g} is above {self.logits_max_abs}")
+        found += [
+            f"{name} {getattr(parity, name):.3g} is above {limit:g}"
+            for name, limit in (("embedding_max_abs", self.embedding_max_abs), ("logits_max_rel", self.logits_max_rel))
+            if limit is not None and not getattr(parity, name) <= limit
+        ]
         return found
 
 

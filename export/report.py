@@ -115,7 +115,8 @@ def _section(row: Row, limits: Thresholds, *, plotted: bool) -> str:
     measured = {
         "cosine_mean": ("≥", limits.cosine_mean, parity.cosine_mean),
         "top1_agreement": ("≥", limits.top1_agreement, parity.top1_agreement),
-        "logits_max_abs": ("≤", limits.logits_max_abs, parity.logits_max_abs),
+        "embedding_max_abs": ("≤", limits.embedding_max_abs, parity.embedding_max_abs),
+        "logits_max_rel": ("≤", limits.logits_max_rel, parity.logits_max_rel),
     }
     missed = {failure.split()[0] for failure in row.failures}
     gate = [

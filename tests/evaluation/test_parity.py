@@ -160,3 +160,13 @@ def test_a_graphs_outputs_are_told_apart_by_their_names(batch_size: int, tmp_pat
     assert list(found.logits) == list(found.zero_shot) == ["a", "b"]
     np.testing.assert_array_equal(found.logits["b"], 3 * pixels)
     np.testing.assert_array_equal(found.zero_shot["a"], 4 * pixels)
+
+
+def test_the_relative_difference_of_logits_is_of_the_largest_or_of_one() -> None:
+    reference = outputs()
+    for factor, scale in ((1e-3, 1.0), (1e3, None)):
+        logits = {name: value * np.float32(factor) for name, value in reference.logits.items()}
+        moved = {name: value + np.float32(0.5 * factor) for name, value in logits.items()}
+        parity = compare(Outputs(reference.embedding, logits), Outputs(reference.embedding, moved), NAMES)
+        largest = max(np.abs(value).max() for value in logits.values())
+        assert parity.logits_max_rel == pytest.approx(parity.logits_max_abs / (scale or largest))

@@ -86,7 +86,7 @@ def test_a_hospitals_images_do_not_calibrate_and_leave_nothing(
 def strict(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """Presets under which the precisions ``names`` cannot pass."""
     presets = load_presets()
-    limit = Thresholds(cosine_mean=0, top1_agreement=0, logits_max_abs=1e-12)
+    limit = Thresholds(cosine_mean=0, top1_agreement=0, logits_max_rel=1e-12)
     precisions = {
         n: p.model_copy(update={"parity": limit} if n in names else {}) for n, p in presets.precisions.items()
     }
@@ -101,7 +101,7 @@ def test_a_precision_that_misses_its_threshold_is_not_packed_and_the_report_says
     report = export(checkpoint, tmp_path / "bundle", precisions=("fp32", "fp16", "fp32")).to_dict()
     assert [row["precision"] for row in report["precisions"]] == ["fp32", "fp16"]
     assert [row["packed"] for row in report["precisions"]] == [True, False]
-    assert "logits_max_abs" in report["precisions"][1]["failures"][0]
+    assert "logits_max_rel" in report["precisions"][1]["failures"][0]
     assert [p.name for p in (tmp_path / "bundle" / "onnx").iterdir()] == ["fp32.onnx"]
 
 
@@ -109,7 +109,7 @@ def test_no_bundle_is_left_when_no_precision_passes(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     strict(monkeypatch, "fp16")
-    with pytest.raises(ExportError, match="fp16: not packed: logits_max_abs"):
+    with pytest.raises(ExportError, match="fp16: not packed: logits_max_rel"):
         export(checkpoint, tmp_path / "bundle", precisions=("fp16",))
     assert list(tmp_path.iterdir()) == []
 
