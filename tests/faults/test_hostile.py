@@ -37,6 +37,7 @@ ATTACKS = [
     ("x1e6", "too_long"),
     ("full", "not_diff"),
     ("weight", "wrong_meta"),
+    ("not an update", "deadline"),  # FLARE itself cannot read this: no update came
     ("metrics", "wrong_meta"),
     ("another's name", "wrong_meta"),
     ("undeclared", "wrong_meta"),
@@ -54,8 +55,7 @@ ATTACKS = [
     ("changed after signing", "wrong_signature"),
     ("unsigned", "wrong_signature"),
     ("foreign key", "wrong_signature"),
-    ("not an update", "deadline"),  # FLARE itself cannot read these two: no update came
-    ("success without anything", "deadline"),
+    ("success without anything", "deadline"),  # the last of its half, as the other: one deadline for both
 ]
 HONEST = "alder"
 HOSTILE = ("birch", "cedar")  # two at a time: an attack for each round takes its time

@@ -9,15 +9,16 @@ from .federation import OFF, SITES, LiveFederation, Outcome
 
 pytestmark = pytest.mark.faults
 
-ROUNDS = 4
+ROUNDS = 3
 EVERYBODY = list(SITES)
+# Privacy off: without noise two runs of the same contract give the same model, if the same sites are in every round.
+EXACT = {**OFF, "rounds": ROUNDS, "min_clients": len(SITES), "aggregation": {"quorum": len(SITES)}}
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(started: LiveFederation) -> Outcome:
-    """Privacy off: without noise two runs of the same contract give the same model."""
     started.clear_faults()
-    return started.run({**OFF, "rounds": ROUNDS})
+    return started.run(EXACT)
 
 
 def assert_same_model(outcome: Outcome, reference: Outcome) -> None:
@@ -34,16 +35,16 @@ def test_killed_at_each_round_boundary_the_result_is_that_of_an_uninterrupted_ru
     for number in range(ROUNDS - 1):
         live.fault("server", "committed", "kill", round=number)
     live.fault("server", "commit-not-yet", "kill", round=ROUNDS - 1)  # this round is lost, and done again
-    outcome = live.run({**OFF, "rounds": ROUNDS})
+    outcome = live.run(EXACT)
     assert live.waiting() == []
     assert len(outcome.jobs) == 1, "the job went on by itself"
-    assert [e["next_round"] for e in outcome.events if e["event"] == "job_started"] == [0, 1, 2, 3, 3]
+    assert [e["next_round"] for e in outcome.events if e["event"] == "job_started"] == [*range(ROUNDS), ROUNDS - 1]
     assert outcome.accepted() == [EVERYBODY] * ROUNDS
     assert_same_model(outcome, uninterrupted)
 
 
 def test_killed_in_every_phase_of_a_round_no_site_pays_twice(live: LiveFederation) -> None:
-    points = ["one-accepted", "before-average", "weights-written-not-yet", "record-written-not-yet"]
+    points = ["one-accepted", "weights-written-not-yet", "record-written-not-yet"]
     for number, point in enumerate(points):
         live.fault("server", point, "kill", round=number)
     outcome = live.run({"rounds": len(points) + 1})
@@ -66,7 +67,7 @@ def test_the_whole_server_killed_and_started_again_resumes_with_the_next_job(
             live.kits.kill("server")  # daemon, server and job at once: a power cut
             live.kits.start(["server"])
 
-    outcome = live.run({**OFF, "rounds": ROUNDS}, told=told)
+    outcome = live.run(EXACT, told=told)
     assert killed.is_set()
     assert len(outcome.jobs) == 2
     starts = [e["next_round"] for e in outcome.events if e["event"] == "job_started"]
