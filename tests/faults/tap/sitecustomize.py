@@ -60,7 +60,6 @@ POINTS = {
     ],
     "clinifed.aggregators.specialty": [
         ("SpecialtyAggregator", "accept_model", "after", "one-accepted", lambda a: a[0].round),
-        ("SpecialtyAggregator", "aggregate_model", "before", "before-average", lambda a: a[0].round),
         ("SpecialtyAggregator", "aggregate_model", "after", "after-average", lambda a: a[0].round),
     ],
     "clinifed.aggregators.run_state": [
