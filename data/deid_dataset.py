@@ -1,0 +1,288 @@
+"""One data set, its sequences included, under a profile of PS3.15 Annex E: attribute by attribute, failing closed."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pydicom.dataelem import DataElement
+from pydicom.dataset import Dataset
+from pydicom.multival import MultiValue
+from pydicom.sequence import Sequence as Items
+from pydicom.tag import BaseTag, Tag
+
+from clinifed.data.deid_table import EDITION, Profile, vr_of
+from clinifed.data.deid_values import DUMMIES, is_registered, is_uid, new_uid, shift, valid_time
+from clinifed.data.deid_words import Identifiers, clean, is_public_code
+
+__all__ = ["Patient", "protect"]
+
+
+@dataclass(frozen=True)
+class Patient:
+    """The patient as the site's key has it."""
+
+    pseudonym: str
+    days: int  # all dates move by
+
+
+_TEXT = ("LO", "LT", "SH", "ST", "UC", "UT")
+_DATES = ("DA", "DT", "TM")
+_BYTES = ("OB", "OD", "OF", "OL", "OV", "OW", "UN")
+# What an attribute outside of the table may hold, by VR; free text and names that no rule vouches for may not stay.
+_UNVOUCHED = ("AE", "AS", "LT", "PN", "ST", "UC", "UN", "UR", "UT")
+_LONGEST = {"CS": 16, "LO": 64, "SH": 16}  # characters (PS3.5 table 6.2-1)
+_CS = re.compile(r"[A-Za-z0-9 _./-]*")
+_AGE = re.compile(r"\d{3}[DWMY]")
+_IMAGE_GROUPS = (0x0028, 0x7FE0)  # whose bytes are pixels and their look-up tables
+_NOT_IN_DATA_SETS = (0x0000, 0x0002, 0x0004)  # commands, file meta information, directories
+# Signatures of what is no longer so, and what others encrypted: nobody here knows what is in it.
+_SEALED = frozenset(map(Tag, ("DigitalSignaturesSequence", "MACParametersSequence", "EncryptedAttributesSequence")))
+_PATIENT_NAME, _PATIENT_ID, _PATIENT_AGE = Tag("PatientName"), Tag("PatientID"), Tag("PatientAge")
+# Values that say how to read the rest; the file cannot be used without them, and only few are possible.
+_READING = frozenset(map(Tag, ("SpecificCharacterSet", "Modality", "PhotometricInterpretation")))
+
+
+def protect(ds: Dataset, profile: Profile, key: bytes, patient: Patient) -> Counter[str]:
+    """De-identify ``ds`` in place, and say so in it.
+
+    Guarantees:
+        - Every attribute of Table E.1-1, at the top and in any item of any sequence, gets the profile's action.
+        - Private attributes, overlays (60xx), curves (50xx), group lengths, signatures, encrypted attributes, and
+          attributes that the data dictionary does not know or knows with another VR are removed whole.
+        - Attributes outside of the table are kept only where their VR has no room for free text, or where a short text
+          holds none of the patient's own identifiers; UIDs and dates among them are treated as those of the table.
+        - All UIDs are remapped but those that PS3.6 registers; equal UIDs stay equal.
+
+    Args:
+        ds: read from a file; its SOP Class UID decides which attributes must stay.
+        key: the site's.
+        patient: whose it is.
+
+    Returns:
+        What was done → how many attributes: removed, emptied, replaced, remapped, moved, cleaned, kept. No names.
+    """
+    identifiers = Identifiers(ds, institution="retain-institution-identity" not in profile.options)
+    work = _Work(profile, key, patient, identifiers, str(ds.get("SOPClassUID", "")), Counter())
+    work.data_set(ds, nested=False, cleaning=False)
+    ds.PatientIdentityRemoved = "YES"
+    ds.DeidentificationMethod = [
+        f"clinifed: DICOM PS3.15 {EDITION} Annex E",
+        *(m.meaning[:64] for m in profile.methods),
+    ]
+    ds.DeidentificationMethodCodeSequence = [_code(method.code, method.meaning) for method in profile.methods]
+    ds.LongitudinalTemporalInformationModified = profile.temporal
+    return work.done
+
+
+def _code(value: str, meaning: str) -> Dataset:
+    item = Dataset()
+    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, "DCM", meaning
+    return item
+
+
+@dataclass
+class _Work:
+    """One data set being de-identified."""
+
+    profile: Profile
+    key: bytes
+    patient: Patient
+    identifiers: Identifiers
+    sop_class: str
+    done: Counter[str]
+
+    def data_set(self, ds: Dataset, *, nested: bool, cleaning: bool) -> None:
+        """All attributes of ``ds``; ``cleaning`` where it is inside of a sequence whose texts shall be cleaned."""
+        for tag in list(ds.keys()):
+            if self._never(tag):
+                self._remove(ds, tag)
+                continue
+            try:
+                element = ds[tag]
+            except Exception:  # pydicom raises about every kind on values that do not fit their VR
+                element = None
+            action = self.profile.action(tag, self.sop_class, nested=nested)
+            if element is None or element.VR not in (*vr_of(tag).split(" or "), vr_of(tag)):
+                # Nothing of it can be kept; what must be there is replaced.
+                action = None if action is None else self.profile.basic(tag, self.sop_class, nested=nested)
+                element = DataElement(tag, vr_of(tag).split(" or ")[0], None)
+                self._apply(ds, element, action if action in ("Z", "D") else "X", nested)
+            elif action is None:
+                self._unlisted(ds, element, cleaning)
+            elif action == "C":
+                self._clean(ds, element, nested)
+            elif action == "K":
+                self._keep(ds, element, nested)
+            else:
+                self._apply(ds, element, action, nested)
+        if nested and "CodeValue" in ds and "CodeMeaning" not in ds:
+            ds.CodeMeaning = DUMMIES["LO"]  # Type 1 in every coded entry (PS3.3 table 8.8-1)
+
+    @staticmethod
+    def _never(tag: BaseTag) -> bool:
+        """Removed whatever it holds. Groups 50xx and 60xx go whole: what is left of an overlay is none."""
+        group, element = tag.group, tag.element
+        return (
+            tag.is_private
+            or element == 0
+            or group in _NOT_IN_DATA_SETS
+            or group & 0xFF00 in (0x5000, 0x6000)
+            or tag in _SEALED
+            or not vr_of(tag)
+        )
+
+    def _remove(self, ds: Dataset, tag: BaseTag) -> None:
+        del ds[tag]
+        self.done["removed"] += 1
+
+    def _set(self, ds: Dataset, element: DataElement, value: object, what: str) -> None:
+        ds[element.tag] = DataElement(element.tag, element.VR, value)
+        self.done[what] += 1
+
+    def _apply(self, ds: Dataset, element: DataElement, action: str, nested: bool) -> None:
+        """Actions X, Z, D and U; the patient's own name and number are replaced by the pseudonym."""
+        tag = element.tag
+        if not nested and tag in (_PATIENT_NAME, _PATIENT_ID):
+            self._set(ds, element, self.patient.pseudonym, "replaced")
+        elif action == "Z":
+            self._set(ds, element, None, "emptied")
+        elif action == "D" and element.VR == "SQ":
+            self._set(ds, element, Items([self._dummy_item(element.value)]), "replaced")
+        elif action == "D" and element.VR == "UI":
+            self._remap(ds, element)
+        elif action == "D":
+            self._set(ds, element, DUMMIES[element.VR], "replaced")
+        elif action == "U" and element.VR == "UI":
+            self._remap(ds, element)
+        elif action == "U" and element.VR == "SQ":
+            self._items(element, cleaning=False)
+        else:
+            self._remove(ds, tag)
+
+    def _dummy_item(self, items: Sequence[Dataset] | None) -> Dataset:
+        """One item with the attributes of the first, all of them dummies: what a sequence of Type 1 needs."""
+        dummy = Dataset()
+        for tag in list(items[0].keys()) if items else []:
+            if self._never(tag):
+                continue
+            vr = vr_of(tag).split(" or ")[0]
+            if vr == "SQ":
+                inner = items[0].get(tag) if items else None
+                dummy[tag] = DataElement(tag, vr, Items([self._dummy_item(inner.value if inner else None)]))
+            else:
+                dummy[tag] = DataElement(tag, vr, new_uid(self.key, f"dummy {tag}") if vr == "UI" else DUMMIES[vr])
+        return dummy
+
+    def _items(self, element: DataElement, *, cleaning: bool) -> None:
+        for item in element.value:
+            self.data_set(item, nested=True, cleaning=cleaning)
+        self.done["kept"] += 1
+
+    def _remap(self, ds: Dataset, element: DataElement) -> None:
+        values = [text if is_registered(text) else new_uid(self.key, text) for text in _texts(element)]
+        self._set(ds, element, values or None, "remapped")
+
+    def _keep(self, ds: Dataset, element: DataElement, nested: bool) -> None:
+        """Action K; a value that is not what its VR says, or names the patient, gets the Basic Profile's action."""
+        if element.VR == "SQ":
+            self._items(element, cleaning=False)
+        elif element.tag == _PATIENT_AGE:
+            self._set(ds, element, [_capped(age) for age in _texts(element) if _AGE.fullmatch(age)] or None, "kept")
+        elif element.VR == "UI":
+            values = [
+                text if is_uid(text) and not self._named(text) else new_uid(self.key, text) for text in _texts(element)
+            ]
+            self._set(ds, element, values or None, "kept")
+        elif _fits(element) and not self._named(_searchable(element)):
+            self.done["kept"] += 1
+        else:
+            self._apply(ds, element, self.profile.basic(element.tag, self.sop_class, nested=nested), nested)
+
+    def _clean(self, ds: Dataset, element: DataElement, nested: bool) -> None:
+        """Action C: dates move, texts lose the words that are not in the vocabulary, sequences are gone through."""
+        value: object = None
+        what = "cleaned"
+        if element.VR in _DATES and "retain-modified-dates" in self.profile.options:
+            moved = [shift(element.VR, text, self.patient.days) for text in _texts(element)]
+            value, what = None if None in moved else moved, "moved"
+        elif element.VR in _TEXT:
+            value = [words for text in _texts(element) if (words := clean(text, self.identifiers))]
+        elif element.VR == "SQ":
+            kept = [item for item in element.value if not _is_local(item)]
+            for item in kept:
+                self.data_set(item, nested=True, cleaning=True)
+            value = Items(kept)
+        if value:
+            self._set(ds, element, value, what)
+        else:
+            self._apply(ds, element, self.profile.basic(element.tag, self.sop_class, nested=nested), nested)
+
+    def _unlisted(self, ds: Dataset, element: DataElement, cleaning: bool) -> None:
+        """An attribute that Table E.1-1 does not name."""
+        vr, options = element.VR, self.profile.options
+        if vr == "SQ":
+            self._items(element, cleaning=cleaning)
+        elif vr == "UI":
+            self._remap(ds, element)
+        elif vr in _DATES and "retain-modified-dates" in options:
+            moved = [shift(vr, text, self.patient.days) for text in _texts(element)]
+            if moved and None not in moved:
+                self._set(ds, element, moved, "moved")
+            else:
+                self._remove(ds, element.tag)
+        elif (
+            vr in _UNVOUCHED
+            or (vr in _DATES and "retain-full-dates" not in options)
+            or (vr in _BYTES and element.tag.group not in _IMAGE_GROUPS)
+            or not _fits(element)
+        ):
+            self._remove(ds, element.tag)
+        elif cleaning and vr in _TEXT and element.keyword not in ("CodeValue", "CodingSchemeDesignator"):
+            words = [words for text in _texts(element) if (words := clean(text, self.identifiers))]
+            if words:
+                self._set(ds, element, words, "cleaned")
+            else:
+                self._remove(ds, element.tag)
+        elif element.tag not in _READING and vr not in _BYTES and self._named(_searchable(element)):
+            self._remove(ds, element.tag)
+        else:
+            self.done["kept"] += 1
+
+    def _named(self, text: str) -> bool:
+        return self.identifiers.found_in(text)
+
+
+def _texts(element: DataElement) -> list[str]:
+    """The values as text, without the ones that are empty."""
+    value = element.value
+    values = value if isinstance(value, MultiValue | list | tuple) else [value]
+    return [text for item in values if (text := str(item if item is not None else "").strip(" \0"))]
+
+
+def _searchable(element: DataElement) -> str:
+    value = element.value
+    return value.decode("latin-1") if isinstance(value, bytes) else " \\ ".join(_texts(element))
+
+
+def _fits(element: DataElement) -> bool:
+    """Whether every value is one that its VR permits; numbers and bytes were read as such."""
+    vr, texts = element.VR, _texts(element) if element.VR not in _BYTES else []
+    if vr == "CS" and not all(_CS.fullmatch(text) for text in texts):
+        return False
+    if vr in _DATES and not all(valid_time(text) if vr == "TM" else shift(vr, text, 0) for text in texts):
+        return False
+    return all(len(text) <= _LONGEST.get(vr, len(text)) for text in texts)
+
+
+def _is_local(item: Dataset) -> bool:
+    """Whether an item is a code that is no public one."""
+    return "CodeValue" in item and not is_public_code(
+        str(item.get("CodeValue", "")), str(item.get("CodingSchemeDesignator", ""))
+    )
+
+
+def _capped(age: str) -> str:
+    """Ages above 89 years are one (45 CFR 164.514(b)(2)(i)(C)): 090Y."""
+    years = int(age[:3]) / {"D": 365.25, "W": 52.18, "M": 12, "Y": 1}[age[3]]
+    return "090Y" if years >= 90 else age
