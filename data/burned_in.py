@@ -76,7 +76,10 @@ _STROKE_PX = 9  # strokes of letters are thinner, at one of the scales looked at
 _CONTRAST = 0.25  # of the range of the picture, between a stroke and what is around it
 _HEIGHT_PX = (6, 40)  # of a letter
 _LETTERS = 5  # in one line, at least
-_UNIFORM = 0.06  # of the range: how much the letters of one line differ in brightness
+_PARTS = 3  # that do not touch, at least
+_WIDEST = 6  # times its height: letters that touch each other
+_LETTER_WIDTH = 0.8  # of its height, of a broad letter
+_UNIFORM = 0.1  # of the range: how much the letters of one line differ in brightness
 _SMALLEST_PX = 128  # no coarser scale than this
 _MOST_PARTS = 4000  # a picture of more parts is texture; the most contrasting are looked at
 
@@ -118,12 +121,12 @@ def _has_line(picture: Floats) -> bool:
     boxes = _boxes(parts, number)
     height, width = boxes[:, 1] - boxes[:, 0], boxes[:, 3] - boxes[:, 2]
     area = np.bincount(parts.ravel(), minlength=number + 1)[1:]
-    like = (height >= _HEIGHT_PX[0]) & (height <= _HEIGHT_PX[1]) & (width <= 2 * height)
+    like = (height >= _HEIGHT_PX[0]) & (height <= _HEIGHT_PX[1]) & (width <= _WIDEST * height)
     like &= (area >= 0.12 * height * width) & (area >= 8)
     which = np.flatnonzero(like)
     if len(which) < _LETTERS:
         return False
-    brightness = ndimage.median(picture, parts, which + 1)
+    brightness = ndimage.maximum(picture, parts, which + 1)  # thin strokes are full only in the middle
     if len(which) > _MOST_PARTS:
         order = np.argsort(-brightness)[:_MOST_PARTS]
         which, brightness = which[order], brightness[order]
@@ -158,4 +161,7 @@ def _longest_line(boxes: NDArray[np.int64], brightness: NDArray[np.float64], spa
         return 0
     links = coo_array((np.ones(len(first), bool), (first, second)), shape=(len(boxes), len(boxes)))
     _, chain = connected_components(links, directed=False)
-    return int(np.bincount(chain).max())
+    # Small letters touch each other: a wide part counts as many as fit into it.
+    letters = np.maximum(1, np.rint((right - left) / (_LETTER_WIDTH * height)))
+    parts = np.bincount(chain)
+    return int(np.where(parts >= _PARTS, np.bincount(chain, letters), 0).max())

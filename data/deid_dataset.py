@@ -34,7 +34,8 @@ _UNVOUCHED = ("AE", "AS", "LT", "PN", "ST", "UC", "UN", "UR", "UT")
 _LONGEST = {"CS": 16, "LO": 64, "SH": 16}  # characters (PS3.5 table 6.2-1)
 _CS = re.compile(r"[A-Za-z0-9 _./-]*")
 _AGE = re.compile(r"\d{3}[DWMY]")
-_IMAGE_GROUPS = (0x0028, 0x7FE0)  # whose bytes are pixels and their look-up tables
+_IMAGE_GROUP = 0x0028  # whose bytes are look-up tables and colour profiles
+_PIXELS = 0x7FE0  # one Pixel Data (7FE0,0010) was looked at; there shall be no other
 _NOT_IN_DATA_SETS = (0x0000, 0x0002, 0x0004)  # commands, file meta information, directories
 # Signatures of what is no longer so, and what others encrypted: nobody here knows what is in it.
 _SEALED = frozenset(map(Tag, ("DigitalSignaturesSequence", "MACParametersSequence", "EncryptedAttributesSequence")))
@@ -95,8 +96,10 @@ class _Work:
     def data_set(self, ds: Dataset, *, nested: bool, cleaning: bool) -> None:
         """All attributes of ``ds``; ``cleaning`` where it is inside of a sequence whose texts shall be cleaned."""
         for tag in list(ds.keys()):
-            if self._never(tag):
+            if self._never(tag) or (tag.group == _PIXELS and (nested or tag.element != 0x0010)):
                 self._remove(ds, tag)
+                continue
+            if tag.group == _PIXELS:
                 continue
             try:
                 element = ds[tag]
@@ -234,7 +237,7 @@ class _Work:
         elif (
             vr in _UNVOUCHED
             or (vr in _DATES and "retain-full-dates" not in options)
-            or (vr in _BYTES and element.tag.group not in _IMAGE_GROUPS)
+            or (vr in _BYTES and element.tag.group != _IMAGE_GROUP)
             or not _fits(element)
         ):
             self._remove(ds, element.tag)
@@ -244,7 +247,7 @@ class _Work:
                 self._set(ds, element, words, "cleaned")
             else:
                 self._remove(ds, element.tag)
-        elif element.tag not in _READING and vr not in _BYTES and self._named(_searchable(element)):
+        elif element.tag not in _READING and self._named(_searchable(element)):
             self._remove(ds, element.tag)
         else:
             self.done["kept"] += 1

@@ -251,9 +251,9 @@ def _encoded(ds: Dataset, sop_class: str) -> bytes:
     """A DICOM file of ``ds``: an empty preamble, file meta information of our own, nothing behind the data set."""
     meta = FileMetaDataset()
     meta.FileMetaInformationVersion = b"\x00\x01"
-    meta.MediaStorageSOPClassUID = sop_class
+    meta.MediaStorageSOPClassUID = UID(sop_class)
     meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
-    syntax = UID(ds.file_meta.TransferSyntaxUID)
+    syntax = ds.file_meta.TransferSyntaxUID
     meta.TransferSyntaxUID = syntax
     meta.ImplementationClassUID = PYDICOM_IMPLEMENTATION_UID
     meta.ImplementationVersionName = "CLINIFED"
