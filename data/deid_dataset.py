@@ -51,8 +51,8 @@ def protect(ds: Dataset, profile: Profile, key: bytes, patient: Patient) -> Coun
         - Every attribute of Table E.1-1, at the top and in any item of any sequence, gets the profile's action.
         - Private attributes, overlays (60xx), curves (50xx), group lengths, signatures, encrypted attributes, and
           attributes that the data dictionary does not know or knows with another VR are removed whole.
-        - Attributes outside of the table are kept only where their VR has no room for free text, or where a short text
-          holds none of the patient's own identifiers; UIDs and dates among them are treated as those of the table.
+        - Attributes outside of the table are kept only where their VR has no room for free text; of short texts, values
+          that hold one of the patient's own identifiers are replaced. UIDs and dates are treated as those of the table.
         - All UIDs are remapped but those that PS3.6 registers; equal UIDs stay equal.
 
     Args:
@@ -112,15 +112,13 @@ class _Work:
                 element = DataElement(tag, vr_of(tag).split(" or ")[0], None)
                 self._apply(ds, element, action if action in ("Z", "D") else "X", nested)
             elif action is None:
-                self._unlisted(ds, element, cleaning)
+                self._unlisted(ds, element, nested=nested, cleaning=cleaning)
             elif action == "C":
                 self._clean(ds, element, nested)
             elif action == "K":
                 self._keep(ds, element, nested)
             else:
                 self._apply(ds, element, action, nested)
-        if nested and "CodeValue" in ds and "CodeMeaning" not in ds:
-            ds.CodeMeaning = DUMMIES["LO"]  # Type 1 in every coded entry (PS3.3 table 8.8-1)
 
     @staticmethod
     def _never(tag: BaseTag) -> bool:
@@ -221,7 +219,7 @@ class _Work:
         else:
             self._apply(ds, element, self.profile.basic(element.tag, self.sop_class, nested=nested), nested)
 
-    def _unlisted(self, ds: Dataset, element: DataElement, cleaning: bool) -> None:
+    def _unlisted(self, ds: Dataset, element: DataElement, *, nested: bool, cleaning: bool) -> None:
         """An attribute that Table E.1-1 does not name."""
         vr, options = element.VR, self.profile.options
         if vr == "SQ":
@@ -234,21 +232,20 @@ class _Work:
                 self._set(ds, element, moved, "moved")
             else:
                 self._remove(ds, element.tag)
-        elif (
-            vr in _UNVOUCHED
-            or (vr in _DATES and "retain-full-dates" not in options)
-            or (vr in _BYTES and element.tag.group != _IMAGE_GROUP)
-            or not _fits(element)
-        ):
+        elif not _fits(element) or (vr in _BYTES and element.tag.group != _IMAGE_GROUP):
             self._remove(ds, element.tag)
+        elif vr in _UNVOUCHED or (vr in _DATES and "retain-full-dates" not in options):
+            # What an item of a sequence must have, only its macro says; at the top the table has all that is required.
+            self._apply(ds, element, "D" if nested else "X", nested)
         elif cleaning and vr in _TEXT and element.keyword not in ("CodeValue", "CodingSchemeDesignator"):
             words = [words for text in _texts(element) if (words := clean(text, self.identifiers))]
-            if words:
-                self._set(ds, element, words, "cleaned")
+            self._set(ds, element, words or DUMMIES[vr], "cleaned")
+        elif element.tag not in _READING and self._named(_searchable(element)):
+            values = [DUMMIES["LO"] if self._named(text) else text for text in _texts(element)]
+            if vr in ("CS", "LO", "SH") and values != _texts(element):
+                self._set(ds, element, values, "replaced")
             else:
                 self._remove(ds, element.tag)
-        elif element.tag not in _READING and self._named(_searchable(element)):
-            self._remove(ds, element.tag)
         else:
             self.done["kept"] += 1
 

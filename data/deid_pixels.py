@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.pixels.utils import get_expected_length, iter_pixels
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ExplicitVRLittleEndian
+from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian
 
 from clinifed.errors import DataError
 
@@ -37,8 +37,6 @@ def bare_pixels(ds: Dataset) -> None:
     syntax = ds.file_meta.TransferSyntaxUID
     if syntax.is_encapsulated:
         ds.decompress(generate_instance_uid=False)
-        ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    elif syntax == DeflatedExplicitVRLittleEndian:
         ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     length = get_expected_length(ds)
     if len(ds.PixelData) < length:

@@ -12,6 +12,7 @@ from pathlib import Path
 from pydicom import dcmread, dcmwrite
 from pydicom.charset import python_encoding
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.filereader import read_file_meta_info
 from pydicom.multival import MultiValue
 from pydicom.uid import (
     PYDICOM_IMPLEMENTATION_UID,
@@ -183,6 +184,8 @@ def deidentify_file(path: Path, profile: Profile, key: bytes, *, issuer: str = "
     with _reasons("damaged header"):
         if path.stat().st_size > _MAX_FILE_BYTES:
             raise DataError(f"larger than {_MAX_FILE_BYTES >> 20} MiB")
+        if read_file_meta_info(path).get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+            raise DataError("deflated data sets are not de-identified")  # a small file may inflate to any size
         ds = dcmread(path)
         sop_class, sop_instance, patient = _checked(ds, key, issuer)
     with _reasons("header cannot be judged"):
@@ -222,8 +225,6 @@ def _checked(ds: Dataset, key: bytes, issuer: str) -> tuple[str, str, Patient]:
     syntax = ds.file_meta.get("TransferSyntaxUID")
     if not syntax or UID(syntax).is_private or UID(syntax).name == str(syntax):
         raise DataError("no transfer syntax that the standard knows")
-    if syntax == DeflatedExplicitVRLittleEndian:
-        raise DataError("deflated data sets are not de-identified")  # a small file may inflate to any size
     sop_class, sop_instance = str(ds.get("SOPClassUID") or ""), str(ds.get("SOPInstanceUID") or "")
     if sop_class not in image_classes():
         raise DataError("not an image of a known SOP class")  # reports, documents, plans, presentation states

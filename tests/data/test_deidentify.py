@@ -193,7 +193,11 @@ def test_what_no_rule_vouches_for_is_removed(tmp_path, dicom):
     left = dcmread(BytesIO(content))
     assert (left.SoftwareVersions, left.KVP) == ("v1", 120)
     assert not any(element.is_private or element.tag.group in (0x5000, 0x6000) for element in left)
-    assert len(left.AnatomicRegionSequence[0]) == 0
+    assert [element.value for element in left.AnatomicRegionSequence[0]] == [
+        "REMOVED"
+    ]  # TextValue; the comments are gone
+    assert (left.BodyPartExamined, left.Manufacturer) == ("REMOVED", "REMOVED")
+    assert "ContentQualification" not in left
 
 
 def test_signatures_encrypted_attributes_padding_and_icons_are_gone(tmp_path, dicom):
