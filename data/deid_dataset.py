@@ -1,19 +1,18 @@
 """One data set, its sequences included, under a profile of PS3.15 Annex E: attribute by attribute, failing closed."""
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
-from pydicom.multival import MultiValue
 from pydicom.sequence import Sequence as Items
 from pydicom.tag import BaseTag, Tag
 
+from clinifed.data.deid_elements import AGE, BYTES, DATES, TEXT, UNVOUCHED, capped, fits, is_local, searchable, texts
 from clinifed.data.deid_table import EDITION, Profile, vr_of
-from clinifed.data.deid_values import DUMMIES, is_registered, is_uid, new_uid, shift, valid_time
-from clinifed.data.deid_words import Identifiers, clean, is_public_code
+from clinifed.data.deid_values import DUMMIES, is_registered, is_uid, new_uid, shift
+from clinifed.data.deid_words import Identifiers, clean
 
 __all__ = ["Patient", "protect"]
 
@@ -26,20 +25,13 @@ class Patient:
     days: int  # all dates move by
 
 
-_TEXT = ("LO", "LT", "SH", "ST", "UC", "UT")
-_DATES = ("DA", "DT", "TM")
-_BYTES = ("OB", "OD", "OF", "OL", "OV", "OW", "UN")
-# What an attribute outside of the table may hold, by VR; free text and names that no rule vouches for may not stay.
-_UNVOUCHED = ("AE", "AS", "LT", "PN", "ST", "UC", "UN", "UR", "UT")
-_LONGEST = {"CS": 16, "LO": 64, "SH": 16}  # characters (PS3.5 table 6.2-1)
-_CS = re.compile(r"[A-Za-z0-9 _./-]*")
-_AGE = re.compile(r"\d{3}[DWMY]")
 _IMAGE_GROUP = 0x0028  # whose bytes are look-up tables and colour profiles
 _PIXELS = 0x7FE0  # one Pixel Data (7FE0,0010) was looked at; there shall be no other
 _NOT_IN_DATA_SETS = (0x0000, 0x0002, 0x0004)  # commands, file meta information, directories
 # Signatures of what is no longer so, and what others encrypted: nobody here knows what is in it.
 _SEALED = frozenset(map(Tag, ("DigitalSignaturesSequence", "MACParametersSequence", "EncryptedAttributesSequence")))
 _PATIENT_NAME, _PATIENT_ID, _PATIENT_AGE = Tag("PatientName"), Tag("PatientID"), Tag("PatientAge")
+_CODE = tuple(map(Tag, ("CodeValue", "CodingSchemeDesignator", "CodingSchemeVersion", "CodeMeaning")))
 # Values that say how to read the rest; the file cannot be used without them, and only few are possible.
 _READING = frozenset(map(Tag, ("SpecificCharacterSet", "Modality", "PhotometricInterpretation")))
 
@@ -53,6 +45,7 @@ def protect(ds: Dataset, profile: Profile, key: bytes, patient: Patient) -> Coun
           attributes that the data dictionary does not know or knows with another VR are removed whole.
         - Attributes outside of the table are kept only where their VR has no room for free text; of short texts, values
           that hold one of the patient's own identifiers are replaced. UIDs and dates are treated as those of the table.
+        - Codes of a coding scheme that is not public are replaced.
         - All UIDs are remapped but those that PS3.6 registers; equal UIDs stay equal.
 
     Args:
@@ -95,6 +88,10 @@ class _Work:
 
     def data_set(self, ds: Dataset, *, nested: bool, cleaning: bool) -> None:
         """All attributes of ``ds``; ``cleaning`` where it is inside of a sequence whose texts shall be cleaned."""
+        if nested and is_local(ds):
+            for tag in _CODE:  # a code of the house's own names the house
+                if tag in ds:
+                    self._set(ds, DataElement(tag, vr_of(tag), None), DUMMIES[vr_of(tag)], "replaced")
         for tag in list(ds.keys()):
             if self._never(tag) or (tag.group == _PIXELS and (nested or tag.element != 0x0010)):
                 self._remove(ds, tag)
@@ -181,7 +178,7 @@ class _Work:
         self.done["kept"] += 1
 
     def _remap(self, ds: Dataset, element: DataElement) -> None:
-        values = [text if is_registered(text) else new_uid(self.key, text) for text in _texts(element)]
+        values = [text if is_registered(text) else new_uid(self.key, text) for text in texts(element)]
         self._set(ds, element, values or None, "remapped")
 
     def _keep(self, ds: Dataset, element: DataElement, nested: bool) -> None:
@@ -189,13 +186,13 @@ class _Work:
         if element.VR == "SQ":
             self._items(element, cleaning=False)
         elif element.tag == _PATIENT_AGE:
-            self._set(ds, element, [_capped(age) for age in _texts(element) if _AGE.fullmatch(age)] or None, "kept")
+            self._set(ds, element, [capped(age) for age in texts(element) if AGE.fullmatch(age)] or None, "kept")
         elif element.VR == "UI":
             values = [
-                text if is_uid(text) and not self._named(text) else new_uid(self.key, text) for text in _texts(element)
+                text if is_uid(text) and not self._named(text) else new_uid(self.key, text) for text in texts(element)
             ]
             self._set(ds, element, values or None, "kept")
-        elif _fits(element) and not self._named(_searchable(element)):
+        elif fits(element) and not self._named(searchable(element)):
             self.done["kept"] += 1
         else:
             self._apply(ds, element, self.profile.basic(element.tag, self.sop_class, nested=nested), nested)
@@ -204,13 +201,13 @@ class _Work:
         """Action C: dates move, texts lose the words that are not in the vocabulary, sequences are gone through."""
         value: object = None
         what = "cleaned"
-        if element.VR in _DATES and "retain-modified-dates" in self.profile.options:
-            moved = [shift(element.VR, text, self.patient.days) for text in _texts(element)]
+        if element.VR in DATES and "retain-modified-dates" in self.profile.options:
+            moved = [shift(element.VR, text, self.patient.days) for text in texts(element)]
             value, what = None if None in moved else moved, "moved"
-        elif element.VR in _TEXT:
-            value = [words for text in _texts(element) if (words := clean(text, self.identifiers))]
+        elif element.VR in TEXT:
+            value = [words for text in texts(element) if (words := clean(text, self.identifiers))]
         elif element.VR == "SQ":
-            kept = [item for item in element.value if not _is_local(item)]
+            kept = [item for item in element.value if not is_local(item)]
             for item in kept:
                 self.data_set(item, nested=True, cleaning=True)
             value = Items(kept)
@@ -226,23 +223,23 @@ class _Work:
             self._items(element, cleaning=cleaning)
         elif vr == "UI":
             self._remap(ds, element)
-        elif vr in _DATES and "retain-modified-dates" in options:
-            moved = [shift(vr, text, self.patient.days) for text in _texts(element)]
+        elif vr in DATES and "retain-modified-dates" in options:
+            moved = [shift(vr, text, self.patient.days) for text in texts(element)]
             if moved and None not in moved:
                 self._set(ds, element, moved, "moved")
             else:
                 self._remove(ds, element.tag)
-        elif not _fits(element) or (vr in _BYTES and element.tag.group != _IMAGE_GROUP):
+        elif not fits(element) or (vr in BYTES and element.tag.group != _IMAGE_GROUP):
             self._remove(ds, element.tag)
-        elif vr in _UNVOUCHED or (vr in _DATES and "retain-full-dates" not in options):
+        elif vr in UNVOUCHED or (vr in DATES and "retain-full-dates" not in options):
             # What an item of a sequence must have, only its macro says; at the top the table has all that is required.
             self._apply(ds, element, "D" if nested else "X", nested)
-        elif cleaning and vr in _TEXT and element.keyword not in ("CodeValue", "CodingSchemeDesignator"):
-            words = [words for text in _texts(element) if (words := clean(text, self.identifiers))]
+        elif cleaning and vr in TEXT and element.keyword not in ("CodeValue", "CodingSchemeDesignator"):
+            words = [words for text in texts(element) if (words := clean(text, self.identifiers))]
             self._set(ds, element, words or DUMMIES[vr], "cleaned")
-        elif element.tag not in _READING and self._named(_searchable(element)):
-            values = [DUMMIES["LO"] if self._named(text) else text for text in _texts(element)]
-            if vr in ("CS", "LO", "SH") and values != _texts(element):
+        elif element.tag not in _READING and self._named(searchable(element)):
+            values = [DUMMIES["LO"] if self._named(text) else text for text in texts(element)]
+            if vr in ("CS", "LO", "SH") and DUMMIES["LO"] in values:
                 self._set(ds, element, values, "replaced")
             else:
                 self._remove(ds, element.tag)
@@ -251,38 +248,3 @@ class _Work:
 
     def _named(self, text: str) -> bool:
         return self.identifiers.found_in(text)
-
-
-def _texts(element: DataElement) -> list[str]:
-    """The values as text, without the ones that are empty."""
-    value = element.value
-    values = value if isinstance(value, MultiValue | list | tuple) else [value]
-    return [text for item in values if (text := str(item if item is not None else "").strip(" \0"))]
-
-
-def _searchable(element: DataElement) -> str:
-    value = element.value
-    return value.decode("latin-1") if isinstance(value, bytes) else " \\ ".join(_texts(element))
-
-
-def _fits(element: DataElement) -> bool:
-    """Whether every value is one that its VR permits; numbers and bytes were read as such."""
-    vr, texts = element.VR, _texts(element) if element.VR not in _BYTES else []
-    if vr == "CS" and not all(_CS.fullmatch(text) for text in texts):
-        return False
-    if vr in _DATES and not all(valid_time(text) if vr == "TM" else shift(vr, text, 0) for text in texts):
-        return False
-    return all(len(text) <= _LONGEST.get(vr, len(text)) for text in texts)
-
-
-def _is_local(item: Dataset) -> bool:
-    """Whether an item is a code that is no public one."""
-    return "CodeValue" in item and not is_public_code(
-        str(item.get("CodeValue", "")), str(item.get("CodingSchemeDesignator", ""))
-    )
-
-
-def _capped(age: str) -> str:
-    """Ages above 89 years are one (45 CFR 164.514(b)(2)(i)(C)): 090Y."""
-    years = int(age[:3]) / {"D": 365.25, "W": 52.18, "M": 12, "Y": 1}[age[3]]
-    return "090Y" if years >= 90 else age

@@ -118,3 +118,31 @@ def test_planted_text_in_real_pictures_is_seen_whatever_the_header_says(real):
     assert missed == []
     assert clean == 6
     assert alarms == []
+
+
+@pytest.mark.realdata
+def test_of_real_pictures_only_those_with_letters_are_suspected(real):
+    suspected, looked_at = set(), 0
+    for path in sorted((real / "dicom").glob("*.dcm")):
+        try:
+            ds = dcmread(path)
+            if len(ds.get("PixelData", "")) > 4 << 20 or ds.get("Modality") not in (
+                "CR",
+                "CT",
+                "DX",
+                "MR",
+                "NM",
+                "PT",
+                "RTIMAGE",
+                "SM",
+                "XA",
+            ):
+                continue
+            bare_pixels(ds)
+            picture = next(frames(ds))
+        except Exception:  # whether it can be decoded is not the question here
+            continue
+        looked_at += 1
+        suspected |= {path.name} if has_text(picture) else set()
+    assert looked_at >= 40
+    assert suspected == {"fo-dicom__GH355.dcm", "presidio__2_ORIGINAL.dcm"}

@@ -283,6 +283,15 @@ def test_a_comment_inside_a_jpeg_stream_is_gone(tmp_path, dicom):
     assert abs(dcmread(BytesIO(content)).pixel_array.astype(int) - 90).max() <= 1
 
 
+def test_a_code_of_the_houses_own_names_no_house(tmp_path, ct):
+    local, public = Dataset(), Dataset()
+    local.CodeValue, local.CodingSchemeDesignator, local.CodeMeaning = "SGH0101", "99SGH", "CT brain at SGH"
+    public.CodeValue, public.CodingSchemeDesignator, public.CodeMeaning = "12738006", "SCT", "Brain"
+    left = ct(tmp_path / "a.dcm", ProcedureCodeSequence=[local], AnatomicRegionSequence=[public])
+    assert {element.value for element in left.ProcedureCodeSequence[0]} == {"REMOVED"}
+    assert [element.value for element in left.AnatomicRegionSequence[0]] == ["12738006", "SCT", "Brain"]
+
+
 @pytest.mark.parametrize("signed", [False, True])
 def test_spare_bits_and_a_tail_of_the_pixel_data_are_cleared(tmp_path, dicom, signed):
     values = np.arange(-32 * signed, 64 - 32 * signed).reshape(8, 8).astype(np.int16 if signed else np.uint16)
