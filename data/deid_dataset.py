@@ -14,7 +14,10 @@ from clinifed.data.deid_table import EDITION, Profile, vr_of
 from clinifed.data.deid_values import DUMMIES, is_registered, is_uid, new_uid, shift
 from clinifed.data.deid_words import Identifiers, clean
 
-__all__ = ["Patient", "protect"]
+__all__ = ["DEEDS", "Patient", "protect"]
+
+# What may be done to an attribute, by the names that reports count them under.
+DEEDS = ("removed", "emptied", "replaced", "remapped", "moved", "cleaned", "kept")
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def protect(ds: Dataset, profile: Profile, key: bytes, patient: Patient) -> Coun
         patient: whose it is.
 
     Returns:
-        What was done → how many attributes: removed, emptied, replaced, remapped, moved, cleaned, kept. No names.
+        What was done, of :data:`DEEDS` → how many attributes.
     """
     identifiers = Identifiers(ds, institution="retain-institution-identity" not in profile.options)
     work = _Work(profile, key, patient, identifiers, str(ds.get("SOPClassUID", "")), Counter())

@@ -24,6 +24,7 @@ from pydicom.uid import (
 from clinifed.data.burned_in import has_text, suspicion
 from clinifed.data.deid_dataset import Patient, protect
 from clinifed.data.deid_pixels import bare_pixels, frames
+from clinifed.data.deid_process import Deidentifier
 from clinifed.data.deid_table import EDITION, Profile, image_classes
 from clinifed.data.deid_values import shift_days
 from clinifed.data.dicom import is_dicom
@@ -45,7 +46,7 @@ class Deidentified:
 
     name: str  # opaque, by the site's key
     content: bytes  # a DICOM file
-    sop_class: str  # the standard's name of it
+    sop_class: str  # UID, one of those that are listed
     done: Counter[str]  # what was done → attributes
 
 
@@ -105,6 +106,7 @@ def deidentify_folder(
         - With the same key, options and version of clinifed, the same file gives the same bytes, in any order.
         - Patients carry the pseudonyms that a manifest made with the same key and issuer gives them.
         - A file that cannot be read, checked or protected is left out; reasons hold no text of any file.
+        - Files are read in a process of its own; one that crashes it, hangs or fills its memory is left out.
 
     Args:
         options: of ``clinifed.data.deid_table.OPTIONS``; none is the Basic Profile alone.
@@ -127,21 +129,21 @@ def deidentify_folder(
     secret = site_key(out.parent) if secret is None else secret
     report = DeidentifyReport(profile.options)
     lines: list[bytes] = []
-    for path in _files(folder):
-        try:
-            found = deidentify_file(path, profile, secret, issuer=issuer)
-            new = _write(out / found.name, found.content)
-        except DataError as reason:
-            report.skipped[str(reason)] += 1
-            report.left_out.append((path, str(reason)))
-            continue
-        report.written += new
-        report.unchanged += not new
-        lines.append(
-            canonical_json({"file": found.name, "sop_class": found.sop_class, "attributes": dict(found.done)}) + b"\n"
-        )
-        if len(lines) % 100 == 0:
-            progress(f"{len(lines)} images de-identified")
+    with Deidentifier(profile.options, secret, issuer) as process:
+        for path in _files(folder):
+            try:
+                name, content, sop_class, done = process.file(path)
+                new = _write(out / name, content)
+            except DataError as reason:
+                report.skipped[str(reason)] += 1
+                report.left_out.append((path, str(reason)))
+                continue
+            report.written += new
+            report.unchanged += not new
+            line = {"file": name, "sop_class": UID(sop_class).name, "attributes": done}
+            lines.append(canonical_json(line) + b"\n")
+            if len(lines) % 100 == 0:
+                progress(f"{len(lines)} images de-identified")
     quarantine = [canonical_json({"path": str(path), "reason": why}) + b"\n" for path, why in report.left_out]
     write_atomic(out.with_name(f"{out.name}.quarantine.jsonl"), b"".join(quarantine), OWNER_ONLY)
     lines.append(canonical_json(report.to_dict()) + b"\n")
@@ -170,7 +172,7 @@ def _write(path: Path, content: bytes) -> bool:
 
 
 def deidentify_file(path: Path, profile: Profile, key: bytes, *, issuer: str = "") -> Deidentified:
-    """One file, de-identified.
+    """One file, de-identified in this process.
 
     Args:
         key: the site's.
@@ -200,7 +202,7 @@ def deidentify_file(path: Path, profile: Profile, key: bytes, *, issuer: str = "
     with _reasons("de-identified file cannot be written"):
         content = _encoded(ds, sop_class)
     name = f"{pseudonym(key, 'deidentified', sop_instance)}.dcm"
-    return Deidentified(name, content, UID(sop_class).name, done)
+    return Deidentified(name, content, sop_class, done)
 
 
 @contextmanager

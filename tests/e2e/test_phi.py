@@ -58,7 +58,6 @@ def what_may_be_shared(clinifed: Callable, folder: Path, work: Path) -> dict[str
             *("data", "deidentify", folder, "--out", out, "--key", site / "site.key", "--issuer", "HOME"),
             *("--option", "clean-descriptors", "--option", "retain-modified-dates", "--verbose", "--json"),
         ),
-        "again": clinifed("data", "deidentify", folder, "--out", out, "--key", site / "site.key", "--issuer", "HOME"),
         "basic": clinifed("data", "deidentify", folder, "--out", work / "basic", "--basic", "--verbose"),
     }
     for name, run in runs.items():
