@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clinifed import __version__
+from clinifed.cli_deidentify import add_deidentify
 from clinifed.cli_export import add_export_verbs
 from clinifed.cli_federation import add_federation_verbs, spelled_out
 from clinifed.cli_privacy import add_privacy_verbs
@@ -242,6 +243,7 @@ def build_parser() -> argparse.ArgumentParser:
     index.add_argument("--holdout", type=float, help="share of patients held out otherwise (default: 0.2)")
     index.add_argument("--data-class", choices=("hospital", "public", "synthetic"), default="hospital")
     index.add_argument("--overwrite", action="store_true", help="replace an existing manifest")
+    add_deidentify(data, verb)
     return parser
 
 
