@@ -74,10 +74,10 @@ def test_ybr_becomes_rgb(tmp_path, dicom):
     ("change", "reason"),
     [
         ({"Rows": 60000, "Columns": 60000}, "MiB"),
-        ({"NumberOfFrames": 100_000_000}, "MiB"),
+        ({"NumberOfFrames": 100_000_000}, "frames"),
         ({"Rows": 0}, "no rows"),
         ({"RescaleSlope": 0, "RescaleIntercept": 0}, "slope"),
-        ({"WindowCenter": 1, "WindowWidth": 0}, "width"),
+        ({"WindowCenter": 1, "WindowWidth": -1}, "width"),
     ],
 )
 def test_senseless_headers_are_refused_before_decoding(tmp_path, dicom, change, reason):
@@ -105,13 +105,14 @@ def test_nothing_of_the_file_is_in_errors_and_logs(tmp_path, dicom, caplog):
     caplog.set_level(logging.DEBUG)
     path = dicom(tmp_path / "PLANTED.dcm", PatientID="PLANTED-1", PatientName="PLANTED^NAME")
     # A character set that nobody knows is one of the values pydicom quotes in its log; then the pixels are cut off.
-    path.write_bytes(path.read_bytes().replace(b"ISO_IR 192", b"PLANTEDSET")[:-20])
+    path.write_bytes(path.read_bytes().replace(b"ISO_IR 192", b"PLANTEDSET"))
     identity(path)
+    path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DataError) as caught:
         read_pixels(path)
     shown = "".join(str(e) for e in (caught.value, *caught.value.problems)) + caplog.text
     assert "PLANTED" not in shown
-    assert caught.value.__suppress_context__
+    assert caught.value.__context__ is None or caught.value.__suppress_context__
 
 
 @pytest.mark.realdata
