@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BytesIO
+from io import BufferedReader, BytesIO, FileIO
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -85,6 +85,17 @@ def reasons(reason: Reason) -> Iterator[None]:
     raise DataError(found) from None  # the original quotes the file
 
 
+class _File(BufferedReader):
+    """A file that is never asked for more than it has: Python would first make room for all that is asked for."""
+
+    def __init__(self, handle: int, size: int) -> None:
+        super().__init__(FileIO(handle, "rb"))
+        self._size = size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(size if size is None else min(size, self._size))
+
+
 def open_regular(path: Path) -> BinaryIO:
     """``path`` for reading, refused where reading could wait for ever: pipes, sockets, devices, folders."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -96,7 +107,7 @@ def open_regular(path: Path) -> BinaryIO:
             raise DataError(Reason.FILE_TOO_LARGE)
         if state.st_size == 0:
             raise DataError(Reason.EMPTY)
-        return os.fdopen(handle, "rb")
+        return _File(handle, state.st_size)
     except BaseException:
         os.close(handle)
         raise
