@@ -90,6 +90,12 @@ class Decoder:
         for reader in living:
             reader.end()
 
+    @property
+    def pids(self) -> list[int]:
+        """The readers' processes."""
+        with self._lock:
+            return sorted(reader.pid for reader in self._living)
+
     def identity(self, path: Path) -> tuple[str, str]:
         """As :func:`clinifed.data.dicom.identity`, in a reader.
 

@@ -148,7 +148,7 @@ def check_whole(dataset: Dataset) -> None:
         DataError: one is not.
     """
     for tag in dataset.keys():  # noqa: SIM118 - a data set iterates over its values, and would convert them
-        element = dataset.get_item(tag)
+        element = cast(object, dataset.get_item(tag))
         if isinstance(element, RawDataElement) and element.length != UNDEFINED and element.value is not None:
             value = element.value if isinstance(element.value, bytes) else b""
             if element.length and len(value) != element.length:

@@ -118,7 +118,8 @@ def palette(dataset: Dataset, *, signed: bool) -> Lookup:
     peak = 255 if bits == 8 and entries.max() <= 255 else 65535
     if signed and first >= 1 << 15:
         first -= 1 << 16
-    return Lookup(entries / np.float32(peak), first, 1.0)
+    entries /= np.float32(peak)
+    return Lookup(entries, first, 1.0)
 
 
 def _expanded(data: bytes, bits: int, count: int, dataset: Dataset) -> NDArray[Any]:

@@ -32,14 +32,17 @@ _KEYWORDS = {0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData", 0
 _VRS = ("OB", "OW", "OF", "OD", "OL", "OV", "UN")
 _ITEM, _DELIMITER = 0xFFFEE000, 0xFFFEE0DD
 
-# Which of pydicom's plugins is asked first, where several are installed; all of them are asked where one fails.
+# Which of pydicom's plugins is asked, where several are installed: one, so that equal files give equal pixels. GDCM
+# ends its process where a JPEG is corrupt that Pillow refuses.
 PREFERRED = {
     "1.2.840.10008.1.2.4.50": "pillow",
     "1.2.840.10008.1.2.4.80": "pyjpegls",
     "1.2.840.10008.1.2.4.81": "pyjpegls",
     "1.2.840.10008.1.2.4.90": "pylibjpeg",
     "1.2.840.10008.1.2.4.91": "pylibjpeg",
+    "1.2.840.10008.1.2.5": "pylibjpeg",
 }
+_JPEG_EXTENDED = "1.2.840.10008.1.2.4.51"
 
 add_jpeg_extended()
 
@@ -205,21 +208,19 @@ class PixelData:
         return Stored(values, photometric, self._bits, signed)
 
     def _decode(self, source: Any, index: int, options: dict[str, Any]) -> tuple[NDArray[Any], dict[str, Any]]:
-        """Stored values through the preferred codec, or else any that is installed."""
+        """Stored values through the preferred codec, or the one that is installed."""
         # Colours are converted by us: pydicom does it for 8 bits only, whatever is stored.
         fixed: dict[str, Any] = {"raw": True, "allow_excess_frames": False, **options}
         if not self._syntax.is_encapsulated:
             fixed["correct_unused_bits"] = False  # done by `_only_stored_bits`, which knows HighBit
-        preferred = PREFERRED.get(str(self._syntax), "")
-        start = source.tell()
-        if preferred in self._decoder.available_plugins:
-            try:
-                return self._decoder.as_array(source, index=index, decoding_plugin=preferred, **fixed)
-            except MemoryError:
-                raise
-            except Exception:  # codecs raise about every kind
-                source.seek(start)
-        return self._decoder.as_array(source, index=index, **fixed)
+        plugin = PREFERRED.get(str(self._syntax), "")
+        if self._syntax == _JPEG_EXTENDED:
+            plugin = "pillow" if self._bits <= 8 else "clinifed"
+            if plugin not in self._decoder.available_plugins:
+                raise DataError(missing_codec(_JPEG_EXTENDED))
+        if plugin not in self._decoder.available_plugins:
+            plugin = ""
+        return self._decoder.as_array(source, index=index, decoding_plugin=plugin, **fixed)
 
     def _only_stored_bits(self, array: NDArray[Any]) -> NDArray[Any]:
         """Only the bits that are stored: old overlays may lie beside them (PS3.5 8.1.1)."""

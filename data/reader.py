@@ -80,7 +80,7 @@ class Reader:
         ):
             raise GoneError(Reason.CRASHED)
         values = np.empty(shape, np.float32)
-        self._fill(memoryview(values).cast("B"), deadline)
+        self._fill(values.data.cast("B"), deadline)
         return header, values
 
     def _header(self, deadline: float) -> dict[str, Any]:
@@ -120,9 +120,8 @@ class Reader:
             self._process.kill()
         if self._process.returncode is None:
             with suppress(ChildProcessError):
-                _, status, usage = os.wait4(self._process.pid, 0)
+                _, status = os.waitpid(self._process.pid, 0)
                 self._process.returncode = os.waitstatus_to_exitcode(status)
-                self.rss_kib = max(self.rss_kib, usage.ru_maxrss)
         return Reason.TIME if self._process.returncode == -signal.SIGXCPU else Reason.CRASHED
 
     def _ends_by_itself(self, patience_s: float) -> bool:
@@ -136,6 +135,11 @@ class Reader:
                     pause *= 2
                     continue
             return True
+
+    @property
+    def pid(self) -> int:
+        """The process."""
+        return self._process.pid
 
     def forget(self) -> None:
         """In a forked child: the process is the parent's; only our copies of its pipes are closed."""
