@@ -18,6 +18,7 @@ _J2K = ("1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91")
 _HTJ2K = ("1.2.840.10008.1.2.4.201", "1.2.840.10008.1.2.4.202", "1.2.840.10008.1.2.4.203")
 # Start of frame: SOF0-3, 5-7, 9-11, 13-15 of JPEG, SOF55 of JPEG-LS.
 _SOF = {*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0), 0xF7}
+_PADDING = 64  # bytes; one is allowed (PS3.5 A.4), some write more
 _APP14, _SOS, _EOI = 0xEE, 0xDA, 0xD9
 _STANDALONE = {0x01, *range(0xD0, 0xD9)}
 
@@ -42,6 +43,10 @@ def check_codestream(syntax: str, codestream: bytes, rows: int, columns: int, sa
     found = declared(syntax, codestream)
     if found is None:
         return
+    # End of image (JPEG, JPEG-LS) and end of codestream (JPEG 2000) are the same two bytes. CharLS seeks for ever
+    # where they are missing, GDCM and OpenJPEG fill the rest with anything.
+    if b"\xff\xd9" not in codestream[-_PADDING:]:
+        raise DataError(Reason.CODESTREAM_CUT)
     same = (found.rows, found.columns, found.samples) == (rows, columns, samples)
     # 1-bit images are compressed as 8-bit ones by some.
     if not same or found.precision > max(8, allocated):

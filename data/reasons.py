@@ -37,6 +37,7 @@ class Reason(StrEnum):
     PIXEL_LENGTH = "pixel data contradicts the header"
     FRAGMENTS = "fragments of the pixel data are damaged"
     CODESTREAM = "compressed image contradicts the header"
+    CODESTREAM_CUT = "compressed image is cut off"
     UNDECODABLE = "pixel data cannot be decoded"
     # its display
     NOT_FINITE = "values are not finite"

@@ -389,7 +389,7 @@ def encapsulations() -> Iterator[Hostile]:
         yield Hostile(f"wrong-end-{name}.dcm", compressed(syntax, stream, end=END_ITEM))
         yield Hostile(f"no-fragment-{name}.dcm", compressed(syntax))
         yield Hostile(f"empty-fragment-{name}.dcm", compressed(syntax, b""))
-        yield Hostile(f"half-{name}.dcm", compressed(syntax, stream[: len(stream) // 2]), PYDICOM)
+        yield Hostile(f"half-{name}.dcm", compressed(syntax, stream[: len(stream) // 2]))
         yield Hostile(f"two-frames-{name}.dcm", compressed(syntax, stream, frames=b"2"))
         yield Hostile(f"rows-{name}.dcm", compressed(syntax, stream, rows=33))
         yield Hostile(f"samples-{name}.dcm", compressed(syntax, stream, samples=3, photometric=b"RGB", planar=0))
