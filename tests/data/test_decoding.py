@@ -20,7 +20,7 @@ from clinifed.data.reasons import REASONS
 from clinifed.data.volumes import Frames
 from clinifed.errors import DataError
 
-from .hostile import J2K, compressed
+from .raw_dicom import J2K, compressed
 
 
 @pytest.fixture

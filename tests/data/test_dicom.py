@@ -22,7 +22,7 @@ from clinifed.data.dicom_file import opened
 from clinifed.data.pixel_data import PixelData
 from clinifed.errors import DataError
 
-from .hostile import JPEG, JPEG_LL, compressed
+from .raw_dicom import JPEG, JPEG_LL, compressed
 
 DCMTK = shutil.which("dcmj2pnm") or shutil.which("dcm2pnm")
 # What we display otherwise than DCMTK: a JPEG whose JFIF marker says YCbCr while the header says RGB, which DCMTK shows
