@@ -1,7 +1,8 @@
 """Manifest → patients, each a bag of images; images → pixels as the backbone wants them, through MONAI transforms."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,8 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clinifed.data.dicom import read_pixels
+from clinifed.data.decoding import Decoder, default_decoder
 from clinifed.data.manifest import Manifest, Record
+from clinifed.data.reasons import Reason
+from clinifed.data.volumes import KEY_FRAME, Frames
 from clinifed.errors import DataError
 
 if TYPE_CHECKING:
@@ -33,7 +36,7 @@ class Batch:
     """Some images that were read, and why others were not."""
 
     pixels: Tensor  # (N, 3, S, S) float32, normalised
-    records: tuple[Record, ...]
+    records: tuple[Record, ...]  # of each row; of a volume with several frames the same record several times
     skipped: Counter[str]  # reason → images; reasons name nobody
 
 
@@ -53,35 +56,61 @@ _MAX_ASPECT = 32
 def _check_shape(pixels: NDArray[np.float32]) -> None:
     height, width = pixels.shape[:2]
     if max(height, width) > _MAX_ASPECT * min(height, width):
-        raise DataError("image is too elongated")
+        raise DataError(Reason.ELONGATED)
 
 
 def iter_pixels(
-    manifest: Manifest, records: Sequence[Record], preprocess: "Preprocess", batch_size: int
+    manifest: Manifest,
+    records: Sequence[Record],
+    preprocess: "Preprocess",
+    batch_size: int,
+    *,
+    frames: Mapping[str, Frames] | None = None,
+    decoder: Decoder | None = None,
 ) -> Iterator[Batch]:
     """Batches of at most ``batch_size`` images, in order; memory does not grow with the number of images.
 
-    An image that cannot be read is left out and counted, never fatal.
+    Files are read in processes of their own. The next batch is made while the caller works on this one. An image that
+    cannot be read, or that ends its reader, is left out and counted, never fatal.
+
+    Args:
+        frames: specialty → how many frames of a volume stand for it; the middle one where nothing is said. A volume
+            adds as many rows to its batch.
+        decoder: the process's own where there is none.
     """
     from clinifed.data.transforms import transform  # MONAI takes six seconds to import: only where images are read
 
-    apply = transform(preprocess)
-    for start in range(0, len(records), batch_size):
+    if not records:
+        return
+    apply, reader = transform(preprocess), decoder or default_decoder()
+    policies, size = frames or {}, preprocess.size_px
+
+    def batch(start: int) -> Batch:
         tensors: list[Tensor] = []
         read: list[Record] = []
         skipped: Counter[str] = Counter()
-        for record in records[start : start + batch_size]:
+        part = records[start : start + batch_size]
+        wanted = [(manifest.folder / record.image, policies.get(record.specialty, KEY_FRAME)) for record in part]
+        for record, found in zip(part, reader.volumes(wanted), strict=True):
             try:
-                pixels = read_pixels(manifest.folder / record.image)
-                _check_shape(pixels)
-                image = apply(pixels)
+                if isinstance(found, DataError):
+                    raise found
+                _check_shape(found[0])
+                images = [torch.as_tensor(np.asarray(apply(pixels))) for pixels in found]
             except DataError as reason:
                 skipped[str(reason)] += 1
                 continue
-            tensors.append(torch.as_tensor(np.asarray(image)))
-            read.append(record)
-        size = preprocess.size_px
-        yield Batch(torch.stack(tensors) if tensors else torch.zeros(0, 3, size, size), tuple(read), skipped)
+            tensors += images
+            read += [record] * len(images)
+        return Batch(torch.stack(tensors) if tensors else torch.zeros(0, 3, size, size), tuple(read), skipped)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as ahead:
+        following = ahead.submit(batch, 0)
+        for start in range(0, len(records), batch_size):
+            current = following.result()
+            if start + batch_size < len(records):
+                following = ahead.submit(batch, start + batch_size)
+            yield current
 
 
 def load_pixels(manifest: Manifest, records: Sequence[Record], preprocess: "Preprocess") -> Batch:

@@ -1,3 +1,7 @@
+import os
+import signal
+import threading
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,8 +11,10 @@ import torch
 from PIL import Image
 
 from clinifed.data.dataset import iter_pixels, load_pixels, patients
+from clinifed.data.decoding import Decoder
 from clinifed.data.manifest import Manifest, Record
 from clinifed.data.transforms import augment
+from clinifed.data.volumes import Frames
 
 
 @dataclass(frozen=True)
@@ -110,3 +116,44 @@ def test_view_0_is_the_image_and_the_others_turn_both_ways_and_come_nearer():
 def test_the_views_of_an_image_do_not_depend_on_the_others():
     both = torch.cat([disc(20, 20), disc(40, 30)])
     assert torch.equal(augment(both, 3)[:1], augment(disc(20, 20), 3))
+
+
+def test_a_volume_adds_a_row_for_each_of_its_frames(tmp_path, dicom):
+    frames = np.stack([np.full((70, 70), value, np.uint8) for value in range(0, 250, 10)])
+    dicom(tmp_path / "a.dcm", frames)
+    dicom(tmp_path / "b.dcm", frames[3])
+    these = manifest(tmp_path, "a.dcm", "b.dcm")
+    (batch,) = iter_pixels(these, these.records, Want(), 8, frames={"radiology": Frames(5)})
+    assert [r.image for r in batch.records] == ["a.dcm"] * 5 + ["b.dcm"]
+    shown = batch.pixels[:, 0].mean((1, 2)) * Want().std[0] + Want().mean[0]
+    expected = [frames[index].mean() / 255 for index in Frames(5).of(25)] + [30 / 255]
+    np.testing.assert_allclose(shown, expected, atol=1e-4)
+
+
+def test_a_reader_that_dies_costs_its_image_and_the_batch_goes_on(tmp_path, dicom):
+    names = [f"{n}.dcm" for n in range(6)]
+    for name in names:
+        dicom(tmp_path / name, np.zeros((70, 70), np.uint8))
+    these = manifest(tmp_path, *names)
+    with Decoder() as decoder:
+        batches = iter_pixels(these, these.records, Want(), 1, decoder=decoder)
+        first = next(batches)
+        for pid in decoder.pids:
+            os.kill(pid, signal.SIGKILL)
+        rest = list(batches)
+    assert len(first.records) == 1
+    skipped = sum((batch.skipped for batch in rest), Counter())
+    assert sum(len(batch.records) for batch in rest) + sum(skipped.values()) == 5
+    assert set(skipped) <= {"reader crashed"}
+    assert len(rest[-1].records) == 1
+
+
+def test_leaving_early_leaves_nothing_running(tmp_path, dicom):
+    dicom(tmp_path / "a.dcm", np.zeros((70, 70), np.uint8))
+    these = manifest(tmp_path, *["a.dcm"] * 40)
+    before = threading.active_count()
+    with Decoder() as decoder:
+        batches = iter_pixels(these, these.records, Want(), 2, decoder=decoder)
+        next(batches)
+        batches.close()
+    assert threading.active_count() == before
