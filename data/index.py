@@ -5,7 +5,7 @@ import re
 import shutil
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -50,6 +50,10 @@ class IndexReport:
         """Count ``path``, and note it."""
         self.skipped[reason] += 1
         self.left_out.append((path, reason))
+
+    def lines(self) -> bytes:
+        """What was left out as JSON lines, for the quarantine."""
+        return b"".join(canonical_json({"path": str(p), "reason": reason}) + b"\n" for p, reason in self.left_out)
 
 
 def index_folder(
@@ -97,22 +101,13 @@ def index_folder(
         found = _with_pictures(found, report)
     unclear = contradictions(found)
     copies = {} if unclear else duplicates(found)
-    for i, reason in sorted((unclear or copies).items()):
-        report.leave_out(found[i].path, reason)
+    for i, why in sorted((unclear or copies).items()):
+        report.leave_out(found[i].path, why)
     kept = [seen for i, seen in enumerate(found) if i not in copies]
     quarantine = out.with_name("quarantine.jsonl")
-    lines = [canonical_json({"path": str(path), "reason": reason}) + b"\n" for path, reason in report.left_out]
-    write_atomic(quarantine, b"".join(lines), OWNER_ONLY)
+    write_atomic(quarantine, report.lines(), OWNER_ONLY)
     if unclear:
-        files: dict[str, set[Path]] = defaultdict(set)
-        for i, reason in unclear.items():
-            files[reason].add(found[i].path)
-        raise DataError(
-            *(
-                f"{index.folder}: {len(these)} image{'s' * (len(these) > 1)}: {why}; {REMEDY[why]}; see {quarantine}"
-                for why, these in files.items()
-            )
-        )
+        raise DataError(*_told(unclear, found, index.folder, quarantine))
     if not kept:
         counts = ", ".join(f"{count} × {reason}" for reason, count in report.skipped.items()) or "it holds no images"
         raise DataError(f"{index.folder}: no usable image: {counts}")
@@ -122,6 +117,15 @@ def index_folder(
     report.manifest = written
     report.images, report.patients = len(written.records), len({r.patient for r in written.records})
     return report
+
+
+def _told(unclear: Mapping[int, str], found: Sequence[Sighting], folder: Path, quarantine: Path) -> Iterator[str]:
+    """One line for each kind of contradiction: how many files, why, what to do, and where they are listed."""
+    files: dict[str, set[Path]] = defaultdict(set)
+    for i, why in unclear.items():
+        files[why].add(found[i].path)
+    for why, these in files.items():
+        yield f"{folder}: {len(these)} image{'s' * (len(these) > 1)}: {why}; {REMEDY[why]}; see {quarantine}"
 
 
 class _Reader:
