@@ -60,7 +60,8 @@ class ResizeShortest(Transform):
         """(3, H, W) → (3, H', W') with min(H', W') = ``size_px``, in [0, 1].
 
         First along rows, then along columns, each cut to [0, 1]: bicubic overshoots at edges, and Pillow's 8 bits cut
-        it off after each pass.
+        it off after each pass. Images more than twice as high as wide, made smaller, go the other way round (so Pillow
+        13 does, as its results show).
         """
         height, width = image.shape[1:]
         shortest = min(height, width)
@@ -68,7 +69,8 @@ class ResizeShortest(Transform):
             return image
         rows, columns = (max(self.size_px, int(self.size_px * side / shortest)) for side in (height, width))
         resized = image[None]
-        for size in ((height, columns), (rows, columns)):
+        between = (rows, width) if height > 2 * width and rows < height else (height, columns)
+        for size in (between, (rows, columns)):
             resized = functional.interpolate(resized, size, mode=self.interpolation, antialias=True).clamp_(0, 1)
         return resized[0]
 

@@ -64,7 +64,7 @@ def difference(path, want):
 
 
 # Smaller than the model's input, about it by odd rests, and several times larger; upright and across.
-SIZES = [(53, 40), (223, 224), (224, 224), (225, 231), (301, 224), (333, 512), (731, 1000), (2022, 1511)]
+SIZES = [(53, 40), (223, 224), (224, 224), (225, 231), (301, 224), (333, 512), (600, 290), (1022, 1511)]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -88,8 +88,8 @@ def test_equals_open_clip_for_any_size(tmp_path_factory, height, width, size_px,
 @pytest.mark.realdata
 def test_equals_open_clip_on_photographs(real):
     paths = sorted((real / "fed").rglob("*.jpg")) + sorted((real / "fed").rglob("*.png"))
-    some = paths[:: max(1, len(paths) // 60)]
-    assert len(some) >= 50
+    some = paths[:: max(1, len(paths) // 40)]
+    assert len(some) >= 30
     for path in some:
         found = difference(path, Want())
         assert found.max() < 1e-2, path.name
