@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clinifed import __version__
+from clinifed.cli_data import add_index_verb
 from clinifed.cli_deidentify import add_deidentify
 from clinifed.cli_export import add_export_verbs
 from clinifed.cli_federation import add_federation_verbs, spelled_out
@@ -119,43 +120,6 @@ def _synthesize(args: argparse.Namespace, console: _Console) -> None:
     console.result({"out": str(args.out), "sites": sites}, f"synthetic hospitals in {args.out}")
 
 
-def _index(args: argparse.Namespace, console: _Console) -> None:
-    from clinifed.config import FolderIndex
-    from clinifed.data.index import index_folder
-    from clinifed.load import validate
-
-    values: dict[str, dict[str, str]] = {}
-    for text in args.value or ():
-        source, _, label = text.partition("=")
-        specialty, _, value = source.partition(":")
-        values.setdefault(specialty, {})[value] = label
-    settings = {
-        "folder": args.folder,
-        "labels": tuple(args.labels or ()),
-        "columns": dict(pair.partition("=")[::2] for pair in args.column or ()),
-        "values": values,
-        "split": args.split,
-        "issuer": args.issuer,
-        **({} if args.holdout is None else {"holdout": args.holdout}),
-    }
-    report = index_folder(
-        validate(FolderIndex, settings, "command line"),
-        args.out,
-        tuple(args.specialties.split(",")),
-        args.data_class,
-        overwrite=args.overwrite,
-    )
-    content = {
-        "manifest": str(args.out),
-        "images": report.images,
-        "patients": report.patients,
-        "skipped": dict(report.skipped),
-    }
-    lines = [f"{report.images} images of {report.patients} patients in {args.out}"]
-    lines += [f"left out: {count} × {reason}" for reason, count in report.skipped.items()]
-    console.result(content, *lines)
-
-
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="a federation's YAML, for example simulator_configs/demo.yaml")
     _set_argument(parser)
@@ -227,22 +191,7 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         synthetic.add_argument(f"--{name}", type=int)
     synthetic.add_argument("--shuffle-labels", action="store_true", default=None, help="a control: labels mean nothing")
-    index = verb("index", _index, "make a manifest from a folder of DICOM, PNG or JPEG files", data)
-    index.add_argument("folder", type=Path)
-    index.add_argument("--out", type=Path, required=True, help="manifest.csv to write")
-    index.add_argument("--specialties", required=True, help="comma-separated")
-    index.add_argument("--labels", type=Path, action="append", metavar="CSV", help="one row per image; repeatable")
-    index.add_argument(
-        "--column", action="append", metavar="FIELD=COLUMN", help="where the CSV names a field otherwise"
-    )
-    index.add_argument(
-        "--value", action="append", metavar="SPECIALTY:VALUE=LABEL", help="what a label in the CSV means"
-    )
-    index.add_argument("--issuer", default="", help="whose PatientIDs those without IssuerOfPatientID are")
-    index.add_argument("--split", choices=("train", "holdout"), help="put every patient there")
-    index.add_argument("--holdout", type=float, help="share of patients held out otherwise (default: 0.2)")
-    index.add_argument("--data-class", choices=("hospital", "public", "synthetic"), default="hospital")
-    index.add_argument("--overwrite", action="store_true", help="replace an existing manifest")
+    add_index_verb(data, verb)
     add_deidentify(data, verb)
     return parser
 

@@ -158,16 +158,24 @@ class PublicSets(_Settings):
 
 
 class FolderIndex(_Settings):
-    """How to make a site's manifest from a folder of DICOM, PNG or JPEG files and a table of labels."""
+    """How to make a site's manifest from DICOM, PNG or JPEG files, and from what says their labels."""
 
     folder: Path
-    labels: tuple[Path, ...] = ()  # CSV tables, one row per image; image paths count from the table's folder
-    columns: dict[str, str] = Field(default_factory=dict)  # image|patient|specialty|label|caption|split → CSV column
+    source: str | None = (
+        None  # a key of clinifed.data.sources.SOURCES; default: table where there are labels, or folder
+    )
+    labels: tuple[Path, ...] = ()  # CSV, TSV, .xlsx or Parquet, one row per image; paths count from the table's folder
+    columns: dict[str, str] = Field(default_factory=dict)  # image|patient|specialty|label|caption|split → table column
     values: dict[str, dict[str, str]] = Field(default_factory=dict)  # specialty → value in the label column → label
-    where: dict[str, tuple[str, ...]] = Field(default_factory=dict)  # CSV column → values of the rows to keep
+    mapping: Path | None = None  # the same in a file: YAML, or a table with the columns specialty, value, label
+    synonyms: dict[str, dict[str, tuple[str, ...]]] = Field(default_factory=dict)  # specialty → label → other words
+    builtin_synonyms: bool = False  # also those of clinifed.data.labels, for the labels of clinifed's own specialties
+    label_tag: str | None = None  # the DICOM element that says the label: a keyword, or "0008,1030"
+    where: dict[str, tuple[str, ...]] = Field(default_factory=dict)  # table column → values of the rows to keep
     issuer: str = ""  # whose PatientIDs those are that name no IssuerOfPatientID
     split: Literal["train", "holdout"] | None = None  # put every patient there
     holdout: float = Field(0.2, ge=0, lt=1)  # otherwise this share of patients, by a keyed hash, is held out
+    pixel_duplicates: bool = True  # decode every image once, to find pictures that occur twice or cannot be read
 
 
 class Data(_Settings):

@@ -36,7 +36,7 @@ __all__ = ["Decoder", "Usage", "default_decoder"]
 Floats = NDArray[np.float32]
 
 _FILES_OF_ONE_READER = 5000  # then a new one, in case a codec leaks
-_MAX_IDENTIFIER = 256
+_MAX_TEXT = 1 << 16  # characters of one value of a header
 
 
 @dataclass
@@ -102,14 +102,23 @@ class Decoder:
         Raises:
             DataError: as there, or reading it crashed, took too long or too much memory.
         """
-        value = self._ask({"ask": "identity", "path": str(path)})[0].get("value")
+        issuer, patient = self._texts({"ask": "identity", "path": str(path)}, 2)
+        return issuer, patient
+
+    def origin(self, path: Path, label_tag: int | None = None) -> tuple[str, str, str, str]:
+        """The fields of :func:`clinifed.data.fingerprint.read_header`, in a reader. Raises as :meth:`identity` does."""
+        issuer, patient, uid, label = self._texts({"ask": "origin", "path": str(path), "label_tag": label_tag}, 4)
+        return issuer, patient, uid, label
+
+    def _texts(self, request: dict[str, Any], count: int) -> list[str]:
+        value = self._ask(request)[0].get("value")
         if (
             not isinstance(value, list)
-            or len(value) != 2
-            or not all(isinstance(part, str) and len(part) <= _MAX_IDENTIFIER for part in value)
+            or len(value) != count
+            or not all(isinstance(part, str) and len(part) <= _MAX_TEXT for part in value)
         ):
             raise DataError(Reason.CRASHED)
-        return value[0], value[1]
+        return value
 
     def header(self, path: Path) -> dict[str, str | int | None]:
         """As :func:`clinifed.data.dicom.header`, in a reader. Raises as :meth:`identity` does."""

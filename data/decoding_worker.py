@@ -79,12 +79,16 @@ def allow_cpu(limits: Limits) -> None:
 def answer(request: dict[str, Any]) -> tuple[dict[str, Any], NDArray[np.float32] | None]:
     """What one request asks for; a reason where the file does not give it."""
     from clinifed.data.dicom import header, identity, read_volume
+    from clinifed.data.fingerprint import read_header
     from clinifed.data.volumes import Frames
 
     path = Path(request["path"])
     try:
         if request["ask"] == "identity":
             return {"value": identity(path)}, None
+        if request["ask"] == "origin":
+            found = read_header(path, request["label_tag"])
+            return {"value": [found.issuer, found.patient, found.sop_instance_uid, found.label]}, None
         if request["ask"] == "header":
             return {"value": header(path)}, None
         volume = read_volume(path, Frames(request["frames"]))
@@ -119,7 +123,7 @@ def write_answer(stream: BinaryIO, header: dict[str, Any], body: NDArray[np.floa
 def main() -> None:
     """Answer until standard input closes, or a file took all the memory."""
     limits = Limits(**json.loads(sys.argv[1]))
-    import clinifed.data.dicom  # noqa: F401 - all libraries and codecs, before memory is limited
+    import clinifed.data.fingerprint  # noqa: F401 - all libraries and codecs, before memory is limited
 
     # Codecs written in C print to 1 and 2; answers go where they cannot.
     answers = os.fdopen(os.dup(1), "wb")

@@ -28,6 +28,7 @@ from clinifed.data.deid_process import Deidentifier
 from clinifed.data.deid_table import EDITION, Profile, image_classes
 from clinifed.data.deid_values import shift_days
 from clinifed.data.dicom import is_dicom
+from clinifed.data.fingerprint import Header
 from clinifed.data.index import _person, patient_pseudonym
 from clinifed.data.manifest import pseudonym, site_key
 from clinifed.errors import DataError
@@ -239,7 +240,7 @@ def _checked(ds: Dataset, key: bytes, issuer: str) -> tuple[str, str, Patient]:
     owner = ds.get("IssuerOfPatientID")
     if isinstance(number, MultiValue) or isinstance(owner, MultiValue):
         raise DataError("patient is ambiguous")
-    person = _person(str(owner or ""), str(number or ""), issuer)
+    person = _person(Header(issuer=str(owner or ""), patient=str(number or "")), issuer)
     name = patient_pseudonym(key, person.issuer, person.number)
     return sop_class, sop_instance, Patient(name, shift_days(key, name))
 

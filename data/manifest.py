@@ -4,6 +4,7 @@ import hmac
 import io
 import json
 import os
+import re
 import secrets
 from collections import defaultdict
 from collections.abc import Sequence
@@ -15,13 +16,26 @@ from typing import Literal, cast
 import pandas as pd
 
 from clinifed.errors import DataError
-from clinifed.files import OWNER_ONLY, file_sha256, write_atomic, write_json
+from clinifed.files import OWNER_ONLY, canonical_json, file_sha256, sha256_of, write_atomic, write_json
 
-__all__ = ["SPLITS", "Manifest", "Record", "pseudonym", "read_manifest", "site_key", "split_of", "write_manifest"]
+__all__ = [
+    "SPLITS",
+    "Manifest",
+    "Record",
+    "changed_images",
+    "content_sha256",
+    "pseudonym",
+    "read_manifest",
+    "site_key",
+    "split_of",
+    "write_manifest",
+]
 
 SPLITS = ("train", "holdout")
 DataClass = Literal["hospital", "public", "synthetic"]
 _CLASSES = ("hospital", "public", "synthetic")
+_SCHEMA_VERSION = 2  # of the meta file; 1 had no hashes of images, and is read
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _DIGITS = 20  # hexadecimal, 80 bits: no two of a billion patients meet by chance
 _SHOWN = 5  # examples in one message
 
@@ -36,6 +50,7 @@ class Record:
     label: str  # one of the specialty's labels, several joined by "|" where any number may hold, or empty
     caption: str
     split: str  # one of SPLITS
+    sha256: str = ""  # of the image file; empty where nobody hashed it, as in manifests of schema 1
 
 
 COLUMNS = tuple(field.name for field in fields(Record))
@@ -49,6 +64,7 @@ class Manifest:
     records: tuple[Record, ...]
     data_class: DataClass
     sha256: str  # of the CSV file
+    content_sha256: str | None = None  # see content_sha256(); None where an image has no hash
 
     @property
     def folder(self) -> Path:
@@ -80,6 +96,33 @@ def split_of(key: bytes, patient: str, holdout: float) -> str:
     return "holdout" if int(pseudonym(key, "split", patient), 16) < holdout * 16.0**_DIGITS else "train"
 
 
+def content_sha256(records: Sequence[Record]) -> str | None:
+    """Which data this is: SHA-256 over (image's SHA-256, patient, specialty, label, split) of all records.
+
+    Neither the order of rows, nor captions, nor where files lie change it. It proves nothing to those who lack the
+    site's key: patients are keyed pseudonyms.
+
+    Returns:
+        Hexadecimal; None where an image has no hash.
+    """
+    if not all(record.sha256 for record in records):
+        return None
+    return sha256_of(canonical_json(sorted([r.sha256, r.patient, r.specialty, r.label, r.split] for r in records)))
+
+
+def changed_images(manifest: Manifest) -> tuple[Record, ...]:
+    """The images whose file is gone, or is not the one that was indexed; those without a hash only if they are gone."""
+
+    def holds(record: Record) -> bool:
+        path = manifest.folder / record.image
+        try:
+            return file_sha256(path) == record.sha256 if record.sha256 else path.is_file()
+        except OSError:
+            return False
+
+    return tuple(record for record in manifest.records if not holds(record))
+
+
 def write_manifest(path: Path, records: Sequence[Record], data_class: DataClass) -> Manifest:
     """Write ``path`` and ``<stem>.meta.json`` beside it, owner-only; returns the manifest as read back.
 
@@ -92,7 +135,12 @@ def write_manifest(path: Path, records: Sequence[Record], data_class: DataClass)
     content = io.StringIO()
     table.to_csv(content, index=False)
     write_atomic(path, content.getvalue().encode(), OWNER_ONLY)
-    meta = {"schema_version": 1, "data_class": data_class, "sha256": file_sha256(path)}
+    meta = {
+        "schema_version": _SCHEMA_VERSION,
+        "data_class": data_class,
+        "sha256": file_sha256(path),
+        "content_sha256": content_sha256(records),
+    }
     write_json(_meta(path), meta, OWNER_ONLY)
     return read_manifest(path)
 
@@ -102,7 +150,7 @@ def _meta(path: Path) -> Path:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read and check a manifest.
+    """Read and check a manifest, of this schema or of 1, whose images have no hashes.
 
     Raises:
         DataError: with every problem: a missing file or column, an empty table, a bad or repeated image path, a
@@ -114,31 +162,40 @@ def read_manifest(path: Path) -> Manifest:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
     except (ValueError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a CSV table ({type(error).__name__})") from None
-    if missing := [name for name in COLUMNS if name not in table.columns]:
+    if missing := [name for name in COLUMNS if name not in table.columns and name != "sha256"]:
         raise DataError(
             f"{path}: missing column{'s' * (len(missing) > 1)} {', '.join(missing)}; it has {', '.join(table.columns)}"
         )
-    data_class, problems = _read_meta(path)
-    records = tuple(Record(*row) for row in table[list(COLUMNS)].itertuples(index=False, name=None))
+    present = [name for name in COLUMNS if name in table.columns]  # all, or all but the last
+    records = tuple(Record(*row) for row in table[present].itertuples(index=False, name=None))
+    content = content_sha256(records)
+    data_class, problems = _read_meta(path, content)
     problems += _problems(records)
     if problems:
         raise DataError(*(f"{path}: {problem}" for problem in problems))
-    return Manifest(path, records, data_class, file_sha256(path))
+    return Manifest(path, records, data_class, file_sha256(path), content)
 
 
-def _read_meta(path: Path) -> tuple[DataClass, list[str]]:
+def _read_meta(path: Path, content: str | None) -> tuple[DataClass, list[str]]:
     """The data class, and what is wrong with the file beside the manifest. Without it, data is a hospital's."""
     meta_path = _meta(path)
     try:
         meta = json.loads(meta_path.read_text(encoding="utf-8"))
-        data_class, digest = meta["data_class"], meta["sha256"]
+        version, data_class, digest = meta["schema_version"], meta["data_class"], meta["sha256"]
+        said = meta["content_sha256"] if version != 1 else None
     except (OSError, ValueError, KeyError, TypeError):
         return "hospital", [f"{meta_path.name} beside it is missing or damaged; run `clinifed data index` again"]
     problems = []
+    if type(version) is not int or not 1 <= version <= _SCHEMA_VERSION:  # true is 1 to Python
+        problems.append(
+            f"{meta_path.name}: schema_version {version!r} is unknown here; run `clinifed data index` again"
+        )
     if data_class not in _CLASSES:
         problems.append(f"{meta_path.name}: data_class {data_class!r} is not one of {', '.join(_CLASSES)}")
     if digest != file_sha256(path):
         problems.append("changed since it was written; run `clinifed data index` again")
+    elif version == _SCHEMA_VERSION and said != content:
+        problems.append(f"{meta_path.name}: content_sha256 is of other records; run `clinifed data index` again")
     return cast(DataClass, data_class), problems
 
 
@@ -159,6 +216,8 @@ def _problems(records: Sequence[Record]) -> list[str]:
             problems["patient is blank"].append(row)
         if record.split not in SPLITS:
             problems[f"split is not one of {', '.join(SPLITS)}"].append(row)
+        if record.sha256 and not _SHA256.fullmatch(record.sha256):
+            problems["sha256 is none"].append(row)
         if split.setdefault(record.patient, record.split) != record.split:
             problems["patient is in two splits"].append(row)
         seen.add(record.image)

@@ -25,6 +25,8 @@ class Reason(StrEnum):
     INFLATED = "larger than 64 MiB when inflated"
     NO_TRANSFER_SYNTAX = "no transfer syntax"
     UNKNOWN_TRANSFER_SYNTAX = "unknown transfer syntax"
+    NESTED = "nested too deeply or too large"
+    NOT_TEXT = "label tag holds no text"
     LONG_IDENTIFIER = "patient's number is too long"
     # the image
     NO_IMAGE = "no image"

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from clinifed.errors import ModelError
+
 __all__ = ["Preprocess", "augment", "transform"]
 
 _TURN = math.radians(4)  # between two views; 16 views reach 32 degrees
@@ -55,14 +57,22 @@ class ResizeShortest(Transform):
         self.size_px, self.interpolation = size_px, interpolation
 
     def __call__(self, image: Tensor) -> Tensor:
-        """(3, H, W) → (3, H', W') with min(H', W') = ``size_px``, in [0, 1]."""
+        """(3, H, W) → (3, H', W') with min(H', W') = ``size_px``, in [0, 1].
+
+        First along rows, then along columns, each cut to [0, 1]: bicubic overshoots at edges, and Pillow's 8 bits cut
+        it off after each pass. Images more than twice as high as wide, made smaller, go the other way round (so Pillow
+        13 does, as its results show).
+        """
         height, width = image.shape[1:]
         shortest = min(height, width)
         if shortest == self.size_px:
             return image
-        size = [max(self.size_px, int(self.size_px * side / shortest)) for side in (height, width)]
-        resized = functional.interpolate(image[None], size, mode=self.interpolation, antialias=True)
-        return resized[0].clamp(0, 1)  # bicubic overshoots at edges
+        rows, columns = (max(self.size_px, int(self.size_px * side / shortest)) for side in (height, width))
+        resized = image[None]
+        between = (rows, width) if height > 2 * width and rows < height else (height, columns)
+        for size in (between, (rows, columns)):
+            resized = functional.interpolate(resized, size, mode=self.interpolation, antialias=True).clamp_(0, 1)
+        return resized[0]
 
 
 class CropCentre(Transform):
@@ -78,7 +88,26 @@ class CropCentre(Transform):
 
 
 def transform(preprocess: Preprocess) -> Compose:
-    """Pixels in [0, 1] → (3, S, S) float32 as the backbone wants them (equal to open_clip's own within 1e-2)."""
+    """Pixels in [0, 1] → (3, S, S) float32 as the backbone wants them.
+
+    Equal to open_clip's own within 1e-2 on the scale of [0, 1], before mean and standard deviation: that rounds to 8
+    bits after each of its two passes.
+
+    Raises:
+        ModelError: constants of the backbone that cannot be.
+    """
+    mean, std = preprocess.mean, preprocess.std
+    if (
+        preprocess.size_px < 1
+        or preprocess.interpolation not in ("bicubic", "bilinear")
+        or not len(mean) == len(std) == 3
+        or not all(math.isfinite(value) for value in (*mean, *std))
+        or min(std) <= 0
+    ):
+        raise ModelError(
+            "preprocess: the model asks for an input that is none: size ≥ 1, bicubic or bilinear, and finite mean and "
+            "standard deviation > 0 of three channels are needed; see its open_clip_config.json"
+        )
     return Compose(
         [
             ToChannels(),

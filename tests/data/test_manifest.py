@@ -3,9 +3,21 @@ import stat
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from clinifed.data.manifest import Record, pseudonym, read_manifest, site_key, split_of, write_manifest
+from clinifed.data.manifest import (
+    Record,
+    changed_images,
+    content_sha256,
+    pseudonym,
+    read_manifest,
+    site_key,
+    split_of,
+    write_manifest,
+)
 from clinifed.errors import DataError
+from clinifed.files import file_sha256, sha256_of
 
 RECORD = Record("images/a.png", "p1", "radiology", "normal", 'a "caption", with commas', "train")
 
@@ -64,3 +76,89 @@ def test_key_is_made_once_and_splits_are_stable(tmp_path):
     share = sum(split_of(key, str(i), 0.2) == "holdout" for i in range(2000)) / 2000
     assert 0.15 < share < 0.25
     assert split_of(key, "x", 0) == "train"
+
+
+HASHED = [replace(RECORD, image=f"images/{n}.png", patient=f"p{n}", sha256=sha256_of(bytes([n]))) for n in range(4)]
+
+
+def edit(path, **meta):
+    """Change the file beside the manifest; None takes a key away."""
+    beside = path.with_suffix(".meta.json")
+    content = json.loads(beside.read_text()) | meta
+    beside.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def test_the_content_hash_is_of_what_is_trained_on_and_of_nothing_else():
+    known = content_sha256(HASHED)
+    assert known == content_sha256(HASHED[::-1]) != content_sha256(HASHED[1:])
+    for same in ({"image": "images/other.png"}, {"caption": "other"}):
+        assert content_sha256([replace(HASHED[0], **same), *HASHED[1:]]) == known
+    for other in ("sha256", "patient", "specialty", "label", "split"):
+        assert content_sha256([replace(HASHED[0], **{other: "other"}), *HASHED[1:]]) != known
+    assert content_sha256([RECORD, *HASHED]) is None
+
+
+def test_the_content_hash_stands_beside_the_manifest_and_is_checked(tmp_path):
+    path = tmp_path / "manifest.csv"
+    written = write_manifest(path, HASHED, "public")
+    meta = json.loads(path.with_suffix(".meta.json").read_text())
+    assert meta["schema_version"] == 2
+    assert meta["content_sha256"] == written.content_sha256 == content_sha256(HASHED)
+    edit(path, content_sha256="0" * 64)
+    with pytest.raises(DataError, match="content_sha256 is of other records"):
+        read_manifest(path)
+
+
+def test_a_manifest_of_the_first_schema_is_read_without_hashes(tmp_path):
+    path = tmp_path / "manifest.csv"
+    path.write_text("image,patient,specialty,label,caption,split\nimages/a.png,p1,radiology,normal,,train\n")
+    path.with_suffix(".meta.json").write_text(
+        json.dumps({"schema_version": 1, "data_class": "public", "sha256": file_sha256(path)})
+    )
+    manifest = read_manifest(path)
+    assert manifest.records == (replace(RECORD, caption=""),)
+    assert manifest.content_sha256 is None
+
+
+@pytest.mark.parametrize("version", [0, 3, "2", True, 2.0])
+def test_another_schema_is_refused(tmp_path, version):
+    path = tmp_path / "manifest.csv"
+    write_manifest(path, HASHED, "public")
+    edit(path, schema_version=version)
+    with pytest.raises(DataError, match=r"schema_version .* is unknown here; run `clinifed data index` again"):
+        read_manifest(path)
+
+
+@pytest.mark.parametrize("key", ["schema_version", "data_class", "sha256", "content_sha256"])
+def test_a_meta_file_that_lacks_something_is_refused(tmp_path, key):
+    path = tmp_path / "manifest.csv"
+    write_manifest(path, HASHED, "public")
+    edit(path, **{key: None})
+    with pytest.raises(DataError, match="missing or damaged"):
+        read_manifest(path)
+
+
+def test_a_hash_that_is_none_is_refused(tmp_path):
+    with pytest.raises(DataError, match="sha256 is none: row 2"):
+        write_manifest(tmp_path / "manifest.csv", [replace(RECORD, sha256="f00")], "public")
+
+
+def test_images_that_changed_or_are_gone_are_found(tmp_path):
+    for name in ("same", "changed", "unhashed"):
+        (tmp_path / name).write_bytes(b"1")
+    records = [
+        Record(name, f"p-{name}", "radiology", "", "", "train", "" if name == "unhashed" else sha256_of(b"1"))
+        for name in ("same", "changed", "gone", "unhashed")
+    ]
+    manifest = write_manifest(tmp_path / "manifest.csv", records, "public")
+    (tmp_path / "changed").write_bytes(b"2")
+    assert [record.image for record in changed_images(manifest)] == ["changed", "gone"]
+    (tmp_path / "unhashed").unlink()
+    assert [record.image for record in changed_images(manifest)] == ["changed", "gone", "unhashed"]
+
+
+@settings(deadline=None)
+@given(st.binary(min_size=32, max_size=32), st.text(), st.floats(0, 1), st.floats(0, 1))
+def test_a_patient_who_is_held_out_stays_held_out_when_more_are(key, patient, one, other):
+    low, high = sorted((one, other))
+    assert not (split_of(key, patient, low) == "holdout" and split_of(key, patient, high) == "train")
