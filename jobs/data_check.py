@@ -42,6 +42,7 @@ CHECKS: dict[str, Check] = {
     "GPU": gpu,
     "permissions": permissions,
 }
+_SITE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")  # as in a federation's configuration
 _LEAST_MINIMUM = 3
 _SHORTEST_SECRET = 4  # characters; shorter ones stand in any text
 
@@ -85,6 +86,11 @@ class DataCheck:
             },
         }
 
+    @property
+    def public_name(self) -> str:
+        """The site's name, if it is one that a federation could have."""
+        return self.site.name if _SITE_NAME.fullmatch(self.site.name) else "a site"
+
     def shared(self) -> tuple[SharedRow, ...]:
         """What may leave the site: constant words, public terms, and counts in ranges as wide as the minimum.
 
@@ -110,7 +116,7 @@ class DataCheck:
         """:meth:`shared`, for JSON."""
         return {
             "schema_version": 1,
-            "site": self.site.name,
+            "site": self.public_name,
             "minimum": self.site.minimum,
             "note": f"counts are ranges, <{self.site.minimum} or {WITHHELD}; rounded, not noised: no privacy claim",
             "checks": {row.name: {"level": row.level, "says": list(row.lines)} for row in self.shared()},
@@ -203,7 +209,7 @@ def site_under_check(
             problems.append(f"site {name!r} is none of the {what}'s: {', '.join(sorted(sites))}; say --site NAME")
     if problems:
         raise ConfigError(*problems)
-    return SiteUnderCheck(path, read, policy, configured, name, agreed, sample, minimum)
+    return SiteUnderCheck(path, read, policy, configured, name or "", agreed, sample, minimum)
 
 
 def data_check(site: SiteUnderCheck, progress: Callable[[str], None] = lambda text: None) -> DataCheck:

@@ -66,9 +66,9 @@ def write_shareable(found: DataCheck, path: Path) -> None:
     if path.suffix.lower() == ".json":
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     elif path.suffix.lower() in (".html", ".htm"):
-        text = _page(f"Data check of {found.site.name or 'a site'}", str(content["note"]), _outside(found))
+        text = _page(f"Data check of {found.public_name}", str(content["note"]), _outside(found))
     else:
-        lines = [f"data check of {found.site.name or 'a site'}", str(content["note"]), ""]
+        lines = [f"data check of {found.public_name}", str(content["note"]), ""]
         for level, name, told, _ in _outside(found):
             lines += [f"{level:4}  {name}", *(f"        {line}" for line in told)]
         text = "\n".join([*lines, ""])

@@ -48,9 +48,10 @@ def outlook(site: SiteUnderCheck) -> Finding:
     remedies = []
     if nominal is not None and there < nominal:
         remedies.append(f"{there} patients are fewer than N₀ = {nominal}, by which every sum is divided: lower it")
-    verdicts = [row.verdict for row in public] or [_HOPELESS if r.noise_to_signal > 1 else "may learn" for r in alone]
-    level: Level = "PASS" if all(v == "may learn" for v in verdicts) and not remedies else "WARN"
-    if all(verdict == _HOPELESS for verdict in verdicts):
+    fine = all(row.verdict == "may learn" for row in public) if public else all(r.noise_to_signal <= 1 for r in alone)
+    lost = all(r.verdict == _HOPELESS for r in public) if public else all(r.noise_to_signal > 1 for r in alone)
+    level: Level = "PASS" if fine and not remedies else "WARN"
+    if lost:
         level = "FAIL" if public else "WARN"
         remedies.append("more patients, a larger epsilon, fewer parameters, or other sites to learn with")
     # By N₀ alone: a verdict on the true count would tell on which side of a limit it lies.

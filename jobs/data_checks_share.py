@@ -35,10 +35,10 @@ class Counts:
         Guarantees:
             - A part below ``minimum`` may be any number from 0 to ``minimum − 1``, by all that is told of its tree.
         """
-        if self.count < minimum:
+        if any(part.small(minimum) for part in self.parts):
+            text = WITHHELD  # also where the sum is small: otherwise `withheld` would say that it is not
+        elif self.count < minimum:
             text = f"<{minimum}"
-        elif any(part.small(minimum) for part in self.parts):
-            text = WITHHELD
         else:
             low = self.count // minimum * minimum
             text = f"{low}–{low + minimum - 1}"

@@ -7,8 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
-from clinifed.config import Federation, Specialty, Training
-from clinifed.contract import Contract
+from clinifed.config import Federation, Privacy, Specialty, Training
+from clinifed.contract import Contract, Promise
 from clinifed.data.dataset import iter_pixels
 from clinifed.data.dicom import is_dicom
 from clinifed.data.manifest import Manifest, Record, read_manifest
@@ -78,7 +78,7 @@ class SiteUnderCheck:
         policy: the site's, if it is known.
         policy_path: its file.
         federation: to check against, if it is known.
-        name: of the site.
+        name: of the site; empty where nobody says.
         agreed: the contract to check against, if it is known.
         sample: images to open; None opens all.
         minimum: the least count that is told outside.
@@ -88,7 +88,7 @@ class SiteUnderCheck:
     policy: SitePolicy | None = None
     policy_path: Path | None = None
     federation: Federation | None = None
-    name: str | None = None
+    name: str = ""
     agreed: Contract | None = None
     sample: int | None = None
     minimum: int = 10
@@ -119,9 +119,10 @@ class SiteUnderCheck:
     @cached_property
     def wanted(self) -> list[str]:
         """The specialties that the site is to train: as agreed, or else those of the manifest with a meaning."""
-        for sites in (self.agreed and self.agreed.sites, self.federation and self.federation.sites):
-            if sites and self.name in sites:
-                return sorted(sites[self.name].specialties)
+        if self.agreed is not None and self.name in self.agreed.sites:
+            return sorted(self.agreed.sites[self.name].specialties)
+        if self.federation is not None and self.name in self.federation.sites:
+            return sorted(self.federation.sites[self.name].specialties)
         return sorted({record.specialty for record in self.records} & set(self.vocabulary))
 
     @cached_property
@@ -134,8 +135,14 @@ class SiteUnderCheck:
     @cached_property
     def epsilon_asked(self) -> float:
         """What the run would cost a patient; 0 where nobody says, or privacy is off."""
-        promise = self.agreed.promise if self.agreed is not None else self.federation and self.federation.privacy
-        return promise.epsilon if promise is not None and promise.mode == "dp" else 0.0
+        promise: Promise | Privacy
+        if self.agreed is not None:
+            promise = self.agreed.promise
+        elif self.federation is not None:
+            promise = self.federation.privacy
+        else:
+            return 0.0
+        return promise.epsilon if promise.mode == "dp" else 0.0
 
     @cached_property
     def model_ref(self) -> str | None:
