@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 from clinifed.config import Federation, Privacy, Specialty, Training
 from clinifed.contract import Contract, Promise
@@ -13,7 +13,7 @@ from clinifed.data.dataset import iter_pixels
 from clinifed.data.dicom import is_dicom
 from clinifed.data.manifest import Manifest, Record, read_manifest
 from clinifed.executors.features import file_content
-from clinifed.jobs.data_checks_header import read_header
+from clinifed.jobs.data_checks_header import HeaderReader
 from clinifed.jobs.data_checks_share import Shared
 from clinifed.models.specialties import SPECIALTIES
 from clinifed.policy import SitePolicy
@@ -184,15 +184,17 @@ class SiteUnderCheck:
         """Every image's content, and of the sampled ones the header."""
         opened = {record.image for record in self.sampled}
         found = []
-        for row, record in enumerate(self.records, start=2):
-            path = self.manifest.folder / record.image
-            content = file_content(path)
-            kind, header = "unreadable", cast(Mapping[str, str], {})
-            if content is not None:
-                kind = "dicom" if is_dicom(path) else "picture"
-                if kind == "dicom" and record.image in opened:
-                    header = read_header(path)
-            found.append(Look(row, record, content, cast(Literal["dicom", "picture", "unreadable"], kind), header))
+        with HeaderReader() as reader:
+            for row, record in enumerate(self.records, start=2):
+                path = self.manifest.folder / record.image
+                kind: Literal["dicom", "picture", "unreadable"] = "unreadable"
+                header: Mapping[str, str] = {}
+                content = file_content(path)
+                if content is not None:
+                    kind = "dicom" if is_dicom(path) else "picture"
+                    if kind == "dicom" and record.image in opened:
+                        header = reader.read(path)
+                found.append(Look(row, record, content, kind, header))
         return found
 
     @cached_property
