@@ -79,22 +79,27 @@ def measure(ref: str, path: Path, cache: Path, turns: int) -> dict[str, float]:
     with torch.no_grad():
         model.features(batches[0])  # the first pass allocates
     bare, whole, kept = [], [], []
+    busy = {"bare": 0.0, "whole": 0.0}  # CPU seconds, of the readers' processes too
     for turn in range(turns):
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), cpu_s()
         with torch.no_grad():
             for pixels in batches:
                 model.features(pixels)
         bare.append(time.perf_counter() - began)
+        busy["bare"] += cpu_s() - worked
         for where in (whole, kept):
-            began = time.perf_counter()
+            began, worked = time.perf_counter(), cpu_s()
             patient_tensors(model, backbone, manifest, mine, split="train", batch_size=BATCH, cache=cache / str(turn))
             where.append(time.perf_counter() - began)
+            if where is whole:
+                busy["whole"] += cpu_s() - worked
     return {
         "images": count,
         "bare": count / median(bare),
         "whole": count / median(whole),
         "kept": count / median(kept),
         "decode_alone": count / decode,
+        "ratio_cpu": busy["bare"] / busy["whole"],
         "ratio": median(b / w for b, w in zip(bare, whole, strict=True)),
         "ratio_low": min(b / w for b, w in zip(bare, whole, strict=True)),
         "ratio_high": max(b / w for b, w in zip(bare, whole, strict=True)),
@@ -128,6 +133,12 @@ def memory(path: Path, cache: Path) -> list[tuple[int, float]]:
     return rows
 
 
+def cpu_s() -> float:
+    """CPU seconds of this process and of the processes that it started and that live."""
+    times = [process.cpu_times() for process in [psutil.Process(), *psutil.Process().children(recursive=True)]]
+    return sum(t.user + t.system for t in times)
+
+
 def resident() -> float:
     """MB of this process and of what it started (PSS: shared pages are counted once)."""
     me = psutil.Process()
@@ -148,6 +159,10 @@ def _lines(figures: dict[str, float], busy: tuple[float, float], compressed: boo
     yield (
         f"| files → features, kept (hash, decode, transform, forward, shards) | {figures['whole']:.2f} | "
         f"{figures['ratio']:.2f} ({figures['ratio_low']:.2f}–{figures['ratio_high']:.2f}) |"
+    )
+    yield (
+        "| the same by CPU seconds of all processes, which other load on the machine changes less | – | "
+        f"{figures['ratio_cpu']:.2f} |"
     )
     yield f"| reading and transforming alone, nothing beside it | {figures['decode_alone']:.1f} | {_over(figures)} |"
     yield f"| the same files again, from the cache | {figures['kept']:.0f} | {figures['kept'] / figures['bare']:.0f} |"
