@@ -119,14 +119,9 @@ class HeaderReader:
 def _header(path: Path) -> dict[str, str]:
     """In the process of its own."""
     from pydicom import dcmread
-    from pydicom.filereader import read_file_meta_info
     from pydicom.multival import MultiValue
-    from pydicom.uid import DeflatedExplicitVRLittleEndian
 
     try:
-        # A deflated file would be inflated whole; decoding knows its limits and gives the reason.
-        if read_file_meta_info(path).get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
-            return {}
         ds = dcmread(path, stop_before_pixels=True, specific_tags=list(_KEYWORDS))
         values = {name: ds.get(name) for name in _KEYWORDS}
         return {
@@ -134,7 +129,7 @@ def _header(path: Path) -> dict[str, str]:
             for name, value in values.items()
             if value
         }
-    except Exception:  # a stranger's bytes; pydicom raises whatever they make it meet
+    except Exception:  # a stranger's bytes: pydicom raises whatever they make it meet, MemoryError too
         return {}
 
 

@@ -63,6 +63,9 @@ def kinds(site: SiteUnderCheck) -> Finding:
         f"modalities: {', '.join(f'{n} × {term}' for term, n in modality.most_common())}",
         f"photometric: {', '.join(f'{n} × {term}' for term, n in photometric.most_common())}",
     ]
+    unread = [look.row for look in looks if look.kind == "dicom" and not look.header]
+    if unread:
+        says.append(f"{len(unread)} × the header cannot be read, so nothing is compared with it: {rows_text(unread)}")
     if burned:
         says.append(f"{len(burned)} × text is burned into the picture, says its header: {rows_text(burned)}")
     words = [
@@ -70,7 +73,7 @@ def kinds(site: SiteUnderCheck) -> Finding:
         for title, counter in (("modalities", modality), ("photometric", photometric))
     ]
     remedy = "look at the pictures: a name in them is a name that the model sees" if burned else ""
-    return Finding("WARN" if burned else "PASS", tuple(says), remedy, Shared(words=tuple(words)))
+    return Finding("WARN" if burned or unread else "PASS", tuple(says), remedy, Shared(words=tuple(words)))
 
 
 def _term(look: Look, keyword: str, public: Iterable[str]) -> str:

@@ -1,11 +1,14 @@
 """Checks of labels and patients: is there enough of each class, in words that everybody shares?"""
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from statistics import median
 
 from clinifed.config import SEPARATOR
+from clinifed.data.manifest import Record
 from clinifed.jobs.data_checks_share import Counts, Shared
 from clinifed.jobs.data_checks_site import Finding, Level, SiteUnderCheck, rows_text
+from clinifed.privacy.objectives import encode_labels
 
 __all__ = ["label_support", "patient_bags", "patients_by_class"]
 
@@ -32,13 +35,8 @@ def label_support(site: SiteUnderCheck) -> Finding:
             unknown["a specialty that is not known"].append(row)
         elif record.specialty not in site.wanted:
             unknown["a specialty that this site does not train"].append(row)
-        else:
-            labels = site.vocabulary[record.specialty].labels
-            named = record.label.split(SEPARATOR) if record.label.strip() else []
-            if not named:
-                unknown["no label"].append(row)
-            elif not set(named) <= set(labels):
-                unknown[f"a label that is none of {record.specialty}'s"].append(row)
+        elif what := _trouble(site, record):
+            unknown[what].append(row)
     says = [
         f"{name}: {', '.join(f'{len(who)} patients {label}' for label, who in classes.items())}"
         for name, classes in support.items()
@@ -52,7 +50,7 @@ def label_support(site: SiteUnderCheck) -> Finding:
     level: Level = "PASS"
     if unknown or few:
         level = "WARN"
-    if not support or empty or any(what.startswith("a label") for what in unknown):
+    if not support or empty or _refused(site, unknown):
         level = "FAIL"
     says += [f"{name}: nothing to train on" for name in empty] or ([] if support else ["no specialty to train"])
     remedies = []
@@ -61,6 +59,29 @@ def label_support(site: SiteUnderCheck) -> Finding:
     if few:
         remedies.append(f"fewer than {site.minimum} patients of a class teach little: {', '.join(few)}")
     return Finding(level, tuple(says), "; ".join(remedies), Shared(counts=(_tree(site, support),)))
+
+
+def _refused(site: SiteUnderCheck, unknown: Mapping[str, object]) -> bool:
+    """Whether training would not begin."""
+    labels = {what for what in unknown if "specialty" not in what}
+    return bool(labels - {"no label"}) or (bool(labels) and site.objective is not None)
+
+
+def _trouble(site: SiteUnderCheck, record: Record) -> str | None:
+    """Why training would refuse the label; where nobody names the objective, any number of known labels will do."""
+    labels = list(site.vocabulary[record.specialty].labels)
+    nothing, strange = "no label", f"a label that is none of {record.specialty}'s"
+    if site.objective is None:
+        named = record.label.split(SEPARATOR) if record.label.strip() else []
+        return nothing if not named else None if set(named) <= set(labels) else strange
+    try:
+        encode_labels(site.objective, labels, record.label)
+    except KeyError:
+        parts = set(record.label.split(SEPARATOR))
+        if len(parts) > 1 and parts <= set(labels):
+            return "several labels, where the objective takes one"
+        return nothing if not record.label.strip() else strange
+    return None
 
 
 def _tree(site: SiteUnderCheck, support: dict[str, dict[str, set[str]]]) -> Counts:

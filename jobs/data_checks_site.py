@@ -20,6 +20,7 @@ from clinifed.policy import SitePolicy
 
 if TYPE_CHECKING:
     from clinifed.models.backbone import Backbone
+    from clinifed.privacy.objectives import Objective
 
 __all__ = ["Finding", "Level", "Look", "Pictures", "SiteUnderCheck", "rows_text"]
 
@@ -131,6 +132,15 @@ class SiteUnderCheck:
         if self.agreed is not None:
             return self.agreed.training
         return self.federation.training if self.federation is not None else None
+
+    @cached_property
+    def objective(self) -> "Objective | None":
+        """What the labels are for; None where nobody says. Raises PrivacyError where it may not run."""
+        from clinifed.privacy.objectives import resolve_objective
+
+        if self.agreed is not None:
+            return resolve_objective(self.agreed.promise.objective)
+        return resolve_objective(self.federation.privacy.objective) if self.federation is not None else None
 
     @cached_property
     def epsilon_asked(self) -> float:

@@ -66,6 +66,27 @@ def test_labels_without_a_meaning_and_small_classes_are_told(site: Site) -> None
     )
 
 
+def test_what_training_would_refuse_of_labels_fails_and_what_it_takes_passes(site: Site) -> None:
+    site.records[0] = record(0, label="normal|abnormal")
+    site.records[1] = record(1, label="")
+    found = site.check()
+    assert level(found, "labels") == "FAIL"
+    assert "1 images have several labels, where the objective takes one: row 2" in says(found, "labels")
+    assert "1 images have no label: row 3" in says(found, "labels")
+    site.federation["privacy"]["objective"] = "multi-label-bce"
+    assert level(site.check(), "labels") == "PASS"
+    policy, _ = site.write()
+    assert level(data_check(site_under_check(policy)), "labels") == "WARN"
+
+
+def test_a_header_that_cannot_be_read_is_told(site: Site) -> None:
+    path = site.home / site.records[3].image
+    path.write_bytes(path.read_bytes()[:140] + b"\xff" * 40)
+    assert "the header cannot be read, so that nothing is compared with it: row 5" in says(
+        site.check(), "kinds of images"
+    )
+
+
 def test_a_specialty_that_nobody_knows_is_a_warning_and_is_not_repeated(site: Site) -> None:
     site.records.append(record(0, image="images/x.dcm", specialty="Okonkwo"))
     dicom(site.home / "images/x.dcm", 77)
