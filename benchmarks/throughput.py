@@ -106,6 +106,40 @@ def measure(ref: str, path: Path, cache: Path, turns: int) -> dict[str, float]:
     }
 
 
+def stages(ref: str, path: Path, count: int = 8) -> dict[str, float]:
+    """CPU milliseconds of each stage for one image, one thread: what no other load on the machine can flatter."""
+    import torch
+
+    from clinifed.data.dicom import read_pixels
+    from clinifed.data.manifest import read_manifest
+    from clinifed.data.transforms import transform
+    from clinifed.files import file_sha256
+
+    backbone, _, model = _model(ref)
+    manifest, apply = read_manifest(path), transform(backbone.preprocess)
+    files = [manifest.folder / record.image for record in manifest.records[:count]]
+    pictures = [read_pixels(file) for file in files]
+    batch = torch.stack([torch.as_tensor(np.asarray(apply(picture))) for picture in pictures])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    took = {}
+    try:
+        with torch.no_grad():
+            for name, run in {
+                "hash": lambda: [file_sha256(file) for file in files],
+                "read": lambda: [read_pixels(file) for file in files],
+                "transform": lambda: [apply(picture) for picture in pictures],
+                "forward": lambda: model.features(batch),
+            }.items():
+                run()
+                began = time.process_time()
+                run()
+                took[name] = 1000 * (time.process_time() - began) / len(files)
+    finally:
+        torch.set_num_threads(threads)
+    return took
+
+
 def memory(path: Path, cache: Path) -> list[tuple[int, float]]:
     """(images encoded, MB of this process and its children) on the tiny model, through the whole way."""
     from clinifed.data.manifest import read_manifest
@@ -161,7 +195,7 @@ def _lines(figures: dict[str, float], busy: tuple[float, float], compressed: boo
         f"{figures['ratio']:.2f} ({figures['ratio_low']:.2f}–{figures['ratio_high']:.2f}) |"
     )
     yield (
-        "| the same by CPU seconds of all processes, which other load on the machine changes less | – | "
+        "| the same by CPU seconds of all processes (a thread that waits for another one counts as busy) | – | "
         f"{figures['ratio_cpu']:.2f} |"
     )
     yield f"| reading and transforming alone, nothing beside it | {figures['decode_alone']:.1f} | {_over(figures)} |"
@@ -194,6 +228,14 @@ def main() -> None:
         before = os.getloadavg()[0]
         figures = measure(ref, path, home / "cache", args.turns)
         lines = list(_lines(figures, (before, os.getloadavg()[0]), args.rle))
+        took = stages(ref, path)
+        lines += [
+            "",
+            "CPU milliseconds of each stage for one image, on one thread: "
+            + ", ".join(f"{name} {value:.1f}" for name, value in took.items())
+            + f". The forward pass's share, which no overlap can raise: {took['forward'] / sum(took.values()):.2f} "
+            "(the reader's pipe is not counted).",
+        ]
         print("\n".join(lines), flush=True)
         many = radiographs(home / "many", args.many, 96)
         script = [sys.executable, __file__, "--memory", str(many)]
