@@ -2,26 +2,40 @@
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, replace
+from functools import cache as once
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+import clinifed.data
 from clinifed import __version__
 from clinifed.config import Specialty
-from clinifed.data.dataset import iter_pixels, patients
-from clinifed.data.manifest import Manifest
+from clinifed.data.dataset import Batch, iter_pixels, patients
+from clinifed.data.manifest import Manifest, Record
 from clinifed.errors import DataError
+from clinifed.files import canonical_json, file_sha256, sha256_of
 from clinifed.models.adapters import GlobalModel
 from clinifed.models.backbone import Backbone
-from clinifed.models.embedding import cached_features
+from clinifed.models.embedding import embed_images
+from clinifed.models.shards import Shards
 from clinifed.privacy.engine import PatientTensors
 from clinifed.privacy.objectives import OBJECTIVES, Objective, encode_labels
 
-__all__ = ["patient_tensors"]
+__all__ = ["file_content", "patient_tensors"]
 
 log = logging.getLogger(__name__)
+
+# Whose releases may change a pixel, or a feature's last digits; a codec that is not installed counts as none.
+_READERS = (
+    "monai", "numpy", "pillow", "pydicom", "pylibjpeg", "pylibjpeg-libjpeg", "pylibjpeg-openjpeg", "pylibjpeg-rle",
+    "pyjpegls", "python-gdcm", "torch",
+)  # fmt: skip
+_MODELS = ("open_clip_torch", "timm", "torch")
 
 
 def patient_tensors(
@@ -46,6 +60,8 @@ def patient_tensors(
         objective: whose labels these are: one of the specialty's to an image, or several joined by ``|``.
         views: rows of each image: itself, and augmented ones.
 
+    Each image is encoded once for its content.
+
     Images that cannot be read are left out and counted in the log; whether a patient counts depends on that
     patient's own files alone.
 
@@ -68,43 +84,97 @@ def patient_tensors(
             *(f"{manifest.path}: {n} images of {s} have a label outside {labels[s]}" for s, n in unknown.items())
         )
 
-    def compute() -> dict[str, Tensor]:
+    skipped = Counter[str]()
+    shards = None if cache is None else Shards(cache, _space(model, backbone))
+    contents = [None if shards is None else _content(manifest, record) for record in records]
+
+    def encode(numbers: Sequence[int], seen: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
         from clinifed.data.transforms import augment  # MONAI takes seconds to import: only where images are read
 
-        index = {record.image: i for i, record in enumerate(records)}
-        features, kept, skipped = [], [], Counter[str]()
-        for batch in iter_pixels(manifest, records, backbone.preprocess, batch_size):
+        position = {records[i].image: i for i in numbers}
+        batches = iter_pixels(manifest, [records[i] for i in numbers], backbone.preprocess, batch_size)
+        for batch in _unchanged(manifest, batches, {image: contents[i] for image, i in position.items()}):
             skipped.update(batch.skipped)
             if batch.records:
-                seen = [model.features(augment(batch.pixels, view)) for view in range(views)]
-                features.append(torch.stack(seen, dim=1).flatten(0, 1))  # the views of an image stand together
-                kept += [index[r.image] for r in batch.records for _ in range(views)]
-        if skipped:
-            log.warning("images left out: %s", dict(skipped))
-        if not kept:
-            raise DataError(f"{manifest.path}: none of {len(records)} images could be read: {dict(skipped)}")
-        return {"features": torch.cat(features), "row": torch.tensor(kept)}
+                with torch.no_grad():  # not inference mode: the trainable part differentiates through these
+                    rows = [model.features(augment(batch.pixels, view)) for view in seen]
+                yield [position[r.image] for r in batch.records], torch.stack(rows, dim=1)
 
-    key: dict[str, object] = {
-        "code": __version__,  # reading and transforming images may change with a release
-        "base": backbone.sha256,
-        "cut": "projection" in model.part.trunk,
-        "manifest": manifest.sha256,
-        "split": split,
-        "specialties": names,
-        "views": views,
-    }
-    cached = cached_features(cache, key, compute)
-    kept_rows = cached["row"].tolist()
-    rows = [records[i] for i in kept_rows]
+    embedded = embed_images(contents, views, encode, shards)
+    log.info("features: %d rows kept from earlier, %d computed", embedded.found, embedded.computed)
+    if skipped:
+        log.warning("images left out: %s", dict(skipped))
+    if not embedded.images:
+        raise DataError(f"{manifest.path}: none of {len(records)} images could be read: {dict(skipped)}")
+    rows = [records[i] for i in embedded.images]
     missing = set(names) - {r.specialty for r in rows}
     if missing:
         raise DataError(f"{manifest.path}: no readable image of {', '.join(sorted(missing))}")
     # Dense numbers: patients all of whose images were unreadable are gone. Rows are already sorted by patient.
     dense: dict[str, int] = {}
     return PatientTensors(
-        features=cached["features"],
+        features=embedded.features,
         patient=torch.tensor([dense.setdefault(r.patient, len(dense)) for r in rows]),
         specialty=torch.tensor([names.index(r.specialty) for r in rows]),
-        label=torch.tensor([encoded[i] for i in kept_rows]),
+        label=torch.tensor([encoded[i] for i in embedded.images]),
     )
+
+
+def _content(manifest: Manifest, record: Record) -> str | None:
+    """SHA-256 of the image's bytes: what the manifest says, or else what the file says; None where it cannot."""
+    listed = getattr(record, "sha256", "")
+    return str(listed) if listed else file_content(manifest.folder / record.image)
+
+
+def file_content(path: Path) -> str | None:
+    """SHA-256 of the file's bytes, hexadecimal; None where it is no file or cannot be read."""
+    try:
+        return file_sha256(path) if path.is_file() else None  # a pipe would never end
+    except (OSError, ValueError):
+        return None
+
+
+def _unchanged(manifest: Manifest, batches: Iterable[Batch], contents: Mapping[str, str | None]) -> Iterator[Batch]:
+    """Leave out images whose bytes are not those that their features would be kept under."""
+    for batch in batches:
+        kept = [
+            i
+            for i, record in enumerate(batch.records)
+            if contents[record.image] in (None, file_content(manifest.folder / record.image))
+        ]
+        if changed := len(batch.records) - len(kept):
+            skipped = batch.skipped + Counter({"changed since it was listed": changed})
+            records = tuple(batch.records[i] for i in kept)
+            yield replace(batch, pixels=batch.pixels[kept], records=records, skipped=skipped)
+        else:
+            yield batch
+
+
+def _space(model: GlobalModel, backbone: Backbone) -> dict[str, object]:
+    """All that a row of features depends on besides the image and its view."""
+    return {
+        "clinifed": __version__,
+        "base": backbone.sha256,
+        "cut": "projection" in model.part.trunk,
+        "models": _versions(_MODELS),
+        "transform": sha256_of(canonical_json([astuple(backbone.preprocess), _reading()])),
+    }
+
+
+@once
+def _reading() -> list[object]:
+    """How a file becomes pixels: our own code for it, and the libraries'."""
+    code = sha256()
+    for path in sorted(Path(str(clinifed.data.__file__)).parent.glob("*.py")):
+        code.update(path.read_bytes())
+    return [code.hexdigest(), _versions(_READERS)]
+
+
+def _versions(names: Sequence[str]) -> list[str | None]:
+    found: list[str | None] = []
+    for name in names:
+        try:
+            found.append(version(name))
+        except PackageNotFoundError:
+            found.append(None)
+    return found

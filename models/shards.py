@@ -1,0 +1,249 @@
+"""The embedding cache on disk: safetensors shards, owner-only, whose names say nothing and vouch for their bytes.
+
+A shard's name is a keyed hash (HMAC-SHA256) of its bytes, so that a damaged or truncated one is known before anything
+of it is parsed, and two processes that write the same rows write the same file. Rows are found by keyed hashes of what
+they depend on. The key is a random one of the folder's own; without it neither says which images were seen.
+"""
+
+import hmac
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from clinifed.errors import DataError
+from clinifed.files import OWNER_ONLY, canonical_json, write_atomic
+
+__all__ = ["LIMIT_BYTES", "Shard", "Shards", "Wiped", "row_bytes", "wipe"]
+
+LIMIT_BYTES = 8 << 30  # of all shards of a folder; the least recently used go first
+_KEY = "cache.key"
+_KEY_BYTES = _ROW_BYTES = 32  # SHA-256
+_SHARD = re.compile(r"^([0-9a-f]{16})-[0-9a-f]{32}\.safetensors$")
+_EARLIER = re.compile(r"^[0-9a-f]{32}\.safetensors$")  # one file per manifest, before there were shards
+_TEMPORARY = re.compile(r"^\.(.+)\.[0-9]+\.tmp$")  # of `write_atomic`
+_ABANDONED_S = 3600.0  # a temporary file so old is a dead process's
+_SHOWN = 3  # names in one message
+
+
+def row_bytes(features: int) -> int:
+    """What one row of ``features`` float32 values takes on the disk, without a shard's header (about 200 bytes)."""
+    return 4 * features + _ROW_BYTES
+
+
+class Shards:
+    """The shards of one space: what was made by one model, cut at one place, with one way of reading images.
+
+    Args:
+        folder: made with mode 0700 where it is absent.
+        space: hashes of all that features depend on besides image and view.
+        limit_bytes: of all shards of the folder, whatever their space.
+
+    Guarantees:
+        - What :meth:`read` gives is what :meth:`write` was given, byte for byte, or it is not given.
+        - Any number of processes may read and write one folder at once.
+        - The folder holds at most ``limit_bytes`` when a write ends, and one shard more for each process that writes.
+
+    Raises:
+        DataError: others than the owner may enter the folder, or it cannot be used.
+    """
+
+    def __init__(self, folder: Path, space: Mapping[str, object], limit_bytes: int = LIMIT_BYTES) -> None:
+        self.folder, self._limit = folder, limit_bytes
+        self.damaged = 0  # shards that were dropped
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if folder.stat().st_mode & 0o077:
+                raise DataError(f"{folder}: the embedding cache must be its owner's alone; say chmod 700")
+            self._key = _folder_key(folder)
+        except OSError as error:
+            raise DataError(f"{folder}: the embedding cache cannot be used ({error.strerror})") from error
+        self._space = canonical_json(space)
+        self._tag = self._hmac(b"space", self._space)[:8].hex()
+        self._used: set[str] = set()
+        for entry in _entries(folder):
+            if entry.kind == "temporary" and entry.modified < time.time() - _ABANDONED_S:
+                entry.path.unlink(missing_ok=True)
+
+    def _hmac(self, *parts: bytes) -> bytes:
+        return hmac.new(self._key, b"".join(len(p).to_bytes(8, "big") + p for p in parts), sha256).digest()
+
+    def row_key(self, *what: object) -> bytes:
+        """The name, 32 bytes, of rows that are a function of ``what`` and of the space."""
+        return self._hmac(b"row", self._space, *(str(part).encode() for part in what))
+
+    def read(self) -> Iterator["Shard"]:
+        """Every sound shard, one in memory at a time; what is taken of one is told to :meth:`use`."""
+        for entry in _entries(self.folder):
+            if entry.kind == "shard" and entry.path.name.startswith(self._tag):
+                found = self._open(entry.path)
+                if found is not None:
+                    yield found
+
+    def use(self, shard: "Shard") -> None:
+        """Note that something of it was of use: what was of none for longest goes first."""
+        with suppress(FileNotFoundError):  # another process has made room
+            os.utime(shard.path)
+        self._used.add(shard.path.name)
+
+    def _open(self, path: Path) -> "Shard | None":
+        """One shard, or None where it is gone, or was damaged and is dropped."""
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:  # another process has made room
+            return None
+        except OSError:
+            content = b""
+        if path.name != self._name(content):
+            self.damaged += 1
+            path.unlink(missing_ok=True)
+            return None
+        tensors = load(content)
+        return Shard(path, [row.tobytes() for row in tensors["rows"].numpy()], tensors["features"])
+
+    def _name(self, content: bytes) -> str:
+        return f"{self._tag}-{self._hmac(b'shard', content)[:16].hex()}.safetensors"
+
+    def write(self, rows: Sequence[bytes], features: Tensor) -> bool:
+        """Keep rows (N, F) under their N names, which may repeat; returns whether there was room.
+
+        Raises:
+            OSError: the disk does not take it; nothing is half-written.
+        """
+        names = torch.from_numpy(np.frombuffer(b"".join(rows), np.uint8).reshape(-1, _ROW_BYTES).copy())
+        content = save({"rows": names, "features": features.to(torch.float32).contiguous()})
+        path = self.folder / self._name(content)
+        if not self._make_room(len(content)):
+            return False
+        write_atomic(path, content, OWNER_ONLY)
+        self._used.add(path.name)
+        return True
+
+    def _make_room(self, size: int) -> bool:
+        """Drop what was not used for longest, and nothing that is in use here."""
+        kept = sorted((e for e in _entries(self.folder) if e.kind == "shard"), key=lambda e: e.modified)
+        excess = sum(e.size for e in kept) + size - self._limit
+        for entry in kept:
+            if excess <= 0:
+                break
+            if entry.path.name not in self._used:
+                entry.path.unlink(missing_ok=True)
+                excess -= entry.size
+        return excess <= 0
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of rows."""
+
+    path: Path
+    names: list[bytes]  # N
+    features: Tensor  # (N, F) float32
+
+
+@dataclass(frozen=True)
+class _Entry:
+    path: Path
+    kind: str  # shard, key, temporary, other
+    size: int
+    modified: float  # s since 1970
+
+
+def _entries(folder: Path) -> list[_Entry]:
+    """What lies in ``folder``, by name; files that vanish meanwhile are left out."""
+    found = []
+    with os.scandir(folder) as listing:
+        for item in listing:
+            try:
+                state = item.stat(follow_symlinks=False)
+                plain = item.is_file(follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            kind = _kind(item.name) if plain else "other"
+            found.append(_Entry(folder / item.name, kind, state.st_size, state.st_mtime))
+    return sorted(found, key=lambda entry: entry.path.name)
+
+
+def _kind(name: str) -> str:
+    if _SHARD.match(name) or _EARLIER.match(name):
+        return "shard"
+    if name == _KEY:
+        return "key"
+    inner = _TEMPORARY.match(name)
+    return "temporary" if inner and _kind(inner[1]) != "other" else "other"
+
+
+def _folder_key(folder: Path) -> bytes:
+    """The folder's secret; made whole where there is none, by whichever process comes first."""
+    path = folder / _KEY
+    while True:
+        try:
+            key = path.read_bytes()
+        except FileNotFoundError:
+            key = b""
+        if len(key) == _KEY_BYTES:
+            return key
+        if key or path.exists():  # damaged: whatever it named is lost
+            path.unlink(missing_ok=True)
+        temporary = folder / f".{_KEY}.{os.getpid()}.tmp"
+        temporary.unlink(missing_ok=True)
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, OWNER_ONLY)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(secrets.token_bytes(_KEY_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(temporary, path)
+        except FileExistsError:
+            continue
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Wiped:
+    """What was removed."""
+
+    shards: int
+    size_bytes: int
+
+
+def wipe(folder: Path) -> Wiped:
+    """Remove the shards and the key in ``folder``, and then the folder itself.
+
+    The files are unlinked. Their bytes may outlast that, on an SSD above all, and nothing that a program writes over
+    them changes it; where that matters the disk must be encrypted.
+
+    Raises:
+        DataError: the folder holds other files, and nothing was removed; or there is no such folder.
+    """
+    if not folder.is_dir() or folder.is_symlink():
+        raise DataError(f"{folder}: no such folder; nothing was removed")
+    try:
+        entries = _entries(folder)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({error.strerror}); nothing was removed") from error
+    if other := [entry.path.name for entry in entries if entry.kind == "other"]:
+        more = f" and {len(other) - _SHOWN} more" if len(other) > _SHOWN else ""
+        raise DataError(
+            f"{folder}: holds what is not the cache's ({', '.join(map(repr, other[:_SHOWN]))}{more}); "
+            "nothing was removed, look at what it is"
+        )
+    try:
+        for entry in entries:
+            entry.path.unlink(missing_ok=True)
+        folder.rmdir()
+    except OSError as error:
+        raise DataError(f"{folder}: not all of it could be removed ({error.strerror}); say it again") from error
+    shards = [entry for entry in entries if entry.kind == "shard"]
+    return Wiped(len(shards), sum(entry.size for entry in entries))
