@@ -12,6 +12,7 @@ from typing import Any
 
 from clinifed import __version__
 from clinifed.cli_data import add_index_verb
+from clinifed.cli_data_check import add_check_verbs
 from clinifed.cli_deidentify import add_deidentify
 from clinifed.cli_export import add_export_verbs
 from clinifed.cli_federation import add_federation_verbs, spelled_out
@@ -192,6 +193,7 @@ def build_parser() -> argparse.ArgumentParser:
         synthetic.add_argument(f"--{name}", type=int)
     synthetic.add_argument("--shuffle-labels", action="store_true", default=None, help="a control: labels mean nothing")
     add_index_verb(data, verb)
+    add_check_verbs(data, verb)
     add_deidentify(data, verb)
     return parser
 

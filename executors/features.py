@@ -122,8 +122,7 @@ def patient_tensors(
 
 def _content(manifest: Manifest, record: Record) -> str | None:
     """SHA-256 of the image's bytes: what the manifest says, or else what the file says; None where it cannot."""
-    listed = getattr(record, "sha256", "")
-    return str(listed) if listed else file_content(manifest.folder / record.image)
+    return record.sha256 or file_content(manifest.folder / record.image)
 
 
 def file_content(path: Path) -> str | None:

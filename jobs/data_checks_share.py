@@ -5,16 +5,15 @@ of it is told: otherwise the small part would be the sum less the others. Ranges
 no part of any privacy claim, and telling it again after a patient was added can show that patient at a range's edge.
 """
 
-import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+
+from clinifed.data.reasons import REASONS
 
 __all__ = ["OTHER", "Counts", "Line", "Shared", "known", "known_reason"]
 
 WITHHELD = "withheld"
 OTHER = "other"
-# Reasons are constants of the code; one that holds a long number, or what is no word, was not written there.
-_REASON = re.compile(r"[A-Za-z][A-Za-z ,]*(?:\b\d{1,4}\b[A-Za-z0-9 ,.()-]*)?")
 
 
 @dataclass(frozen=True)
@@ -70,5 +69,5 @@ def known(term: str, public: Collection[str]) -> str:
 
 
 def known_reason(reason: str) -> str:
-    """A reason why an image is left out, if it can be a constant of the code."""
-    return reason if len(reason) <= 80 and _REASON.fullmatch(reason) else OTHER
+    """A reason why an image is left out, if it is one of ours."""
+    return reason if reason in REASONS else OTHER

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -121,15 +121,8 @@ def test_an_image_that_changes_while_it_is_read_is_left_out(tmp_path: Path, embe
     assert "images/2" not in caplog.text
 
 
-@dataclass(frozen=True)
-class Hashed(Record):
-    """A record that says what its file holds."""
-
-    sha256: str = ""
-
-
 def hashed(manifest: Manifest) -> Manifest:
-    records = [Hashed(**vars(r), sha256=file_sha256(manifest.folder / r.image)) for r in manifest.records]
+    records = [replace(r, sha256=file_sha256(manifest.folder / r.image)) for r in manifest.records]
     return replace(manifest, records=tuple(records))
 
 

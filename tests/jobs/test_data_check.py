@@ -82,7 +82,7 @@ def test_what_training_would_refuse_of_labels_fails_and_what_it_takes_passes(sit
 def test_a_header_that_cannot_be_read_is_told(site: Site) -> None:
     path = site.home / site.records[3].image
     path.write_bytes(path.read_bytes()[:140] + b"\xff" * 40)
-    assert "the header cannot be read, so that nothing is compared with it: row 5" in says(
+    assert "1 × the header cannot be read, so nothing is compared with it: row 5" in says(
         site.check(), "kinds of images"
     )
 
