@@ -39,12 +39,20 @@ class Preprocess(Protocol):
 
 
 class ToChannels(Transform):
-    """(H, W) or (H, W, 3) → (3, H, W) tensor."""
+    """(H, W) or (H, W, 3) → (1 or 3, H, W) tensor, a view."""
 
     def __call__(self, pixels: NDArray[np.float32]) -> Tensor:
-        """Grey is repeated in all three channels, each with memory of its own: MONAI normalises them in place."""
+        """Channels first."""
         tensor = torch.from_numpy(np.ascontiguousarray(pixels))
-        return tensor.repeat(3, 1, 1) if tensor.ndim == 2 else tensor.permute(2, 0, 1).clone()
+        return tensor[None] if tensor.ndim == 2 else tensor.permute(2, 0, 1)
+
+
+class ThreeChannels(Transform):
+    """(1 or 3, S, S) → (3, S, S): grey is repeated late, so that it is resized once."""
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Each channel has memory of its own: MONAI normalises them in place."""
+        return image.repeat(3, 1, 1) if len(image) == 1 else image.clone()
 
 
 class ResizeShortest(Transform):
@@ -57,7 +65,7 @@ class ResizeShortest(Transform):
         self.size_px, self.interpolation = size_px, interpolation
 
     def __call__(self, image: Tensor) -> Tensor:
-        """(3, H, W) → (3, H', W') with min(H', W') = ``size_px``, in [0, 1].
+        """(C, H, W) → (C, H', W') with min(H', W') = ``size_px``, in [0, 1].
 
         First along rows, then along columns, each cut to [0, 1]: bicubic overshoots at edges, and Pillow's 8 bits cut
         it off after each pass. Images more than twice as high as wide, made smaller, go the other way round (so Pillow
@@ -82,7 +90,7 @@ class CropCentre(Transform):
         self.size_px = size_px
 
     def __call__(self, image: Tensor) -> Tensor:
-        """(3, H, W) → (3, S, S)."""
+        """(C, H, W) → (C, S, S)."""
         top, left = (round((side - self.size_px) / 2) for side in image.shape[1:])
         return image[:, top : top + self.size_px, left : left + self.size_px]
 
@@ -113,6 +121,7 @@ def transform(preprocess: Preprocess) -> Compose:
             ToChannels(),
             ResizeShortest(preprocess.size_px, preprocess.interpolation),
             CropCentre(preprocess.size_px),
+            ThreeChannels(),
             NormalizeIntensity(subtrahend=preprocess.mean, divisor=preprocess.std, channel_wise=True),
         ]
     )
