@@ -94,15 +94,16 @@ def test_no_process_is_left(killed):
 
 def test_fewer_threads_than_sites_a_new_process_for_each_task_cost_the_same_epsilon(clinifed, smoke, tmp_path):
     run = tmp_path / "run"
-    done = clinifed("simulate", CONFIGS / "smoke.yaml", "--out", run, "--threads", 1, "--json")
+    done = clinifed("simulate", CONFIGS / "smoke.yaml", "--out", run, "--threads", 1, "--set", "rounds=2", "--json")
     assert done.code == 0, done.err
     summary = done.json()
     for name, site in summary["sites"].items():
         log = (run / "sites" / name / "trainer.log").read_text()
-        assert log.count("INFO clinifed.models.backbone") >= PLAN["rounds"], "the process was not recycled"
-        assert site["privacy"]["epsilon"] == smoke.summary["sites"][name]["privacy"]["epsilon"]
+        assert log.count("INFO clinifed.models.backbone") >= 2, "the process was not recycled"
+        # Sigma is made for the rounds: as many as there are cost what was asked for.
+        assert site["privacy"]["epsilon"] == pytest.approx(smoke.summary["sites"][name]["privacy"]["epsilon"], rel=1e-6)
         report = ledger_report(run / "sites" / name / "ledger.jsonl")
         assert site["privacy"]["epsilon"] == report["epsilon"]
-        assert charges(run, name) == list(range(PLAN["rounds"]))
+        assert charges(run, name) == [0, 1]
         assert report["reserved_units"] == 0
     assert processes_of(run) == []

@@ -163,7 +163,7 @@ def test_each_precision_says_what_it_passed_and_missed(page: str) -> None:
     assert set(sections) == {"fp32", "fp16", "int8"}
     assert "missed" not in sections["fp16"]
     assert sections["fp16"].count("<td>passed</td>") == 2
-    assert sections["fp32"].count("<td>passed</td>") == 3  # it has a limit for logits as well
+    assert sections["fp32"].count("<td>passed</td>") == 4  # it has limits for single numbers as well
     assert sections["int8"].count("<td>missed</td>") == 1
     assert "not packed: cosine_mean nan is below 0.9985" in sections["int8"]
     assert "/blocks.0/qkv" in sections["int8"]

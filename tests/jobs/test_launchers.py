@@ -60,8 +60,9 @@ class Job:
 @pytest.fixture(autouse=True)
 def no_process_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("NVFLARE_SECURE_LOGGING", "no")  # the launchers set it; put back afterwards
+    before = psutil.Process().children(recursive=True)  # of other tests: the readers of files
     yield
-    left = psutil.Process().children(recursive=True)
+    left = [child for child in psutil.Process().children(recursive=True) if child not in before]
     for process in left:
         process.kill()
     assert not left
