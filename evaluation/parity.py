@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import onnxruntime
@@ -34,6 +34,15 @@ class Outputs:
     embedding: Array  # (N, D), L2-normalised
     logits: Mapping[str, Array]  # specialty → (N, K), every head on every image
     zero_shot: Mapping[str, Array] = field(default_factory=dict)  # specialty → (N, K), by the prompts; may be empty
+
+    @classmethod
+    def of(cls, outputs: Mapping[str, Array]) -> Self:
+        """From a graph's outputs by name: :data:`EMBEDDING`, and those of :data:`LOGITS` and :data:`ZERO_SHOT`."""
+        logits, zero_shot = (
+            {name.removeprefix(kind): value for name, value in outputs.items() if name.startswith(kind)}
+            for kind in (LOGITS, ZERO_SHOT)
+        )
+        return cls(outputs[EMBEDDING], logits, zero_shot)
 
 
 @dataclass(frozen=True)
@@ -99,11 +108,7 @@ def run_onnx(path: Path, pixels: Array, *, batch_size: int = 8, threads: int = 2
     names = [output.name for output in session.get_outputs()]
     batches = [session.run(names, {PIXELS: pixels[i : i + batch_size]}) for i in range(0, len(pixels), batch_size)]
     whole = dict(zip(names, (np.concatenate(parts) for parts in zip(*batches, strict=True)), strict=True))
-    return Outputs(whole[EMBEDDING], _by_specialty(whole, LOGITS), _by_specialty(whole, ZERO_SHOT))
-
-
-def _by_specialty(outputs: Mapping[str, Array], prefix: str) -> dict[str, Array]:
-    return {name.removeprefix(prefix): value for name, value in outputs.items() if name.startswith(prefix)}
+    return Outputs.of(whole)
 
 
 def compare(

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from clinifed.errors import ExportError
-from clinifed.evaluation.parity import EMBEDDING, LOGITS, PIXELS, ZERO_SHOT, Outputs
+from clinifed.evaluation.parity import PIXELS, Outputs
 from clinifed.export.builder import Toolkit
 from clinifed.export.tensorrt import BuiltEngine, check_target, toolkit
 
@@ -79,8 +79,7 @@ def run_engine(engine: BuiltEngine, pixels: NDArray[np.float32]) -> Outputs:
             found = _run(kit, context, names, torch.from_numpy(filled).cuda(), stream)
             for name, value in found.items():
                 parts[name].append(value[: len(batch)].cpu().numpy())
-    whole = {name: np.concatenate(values) for name, values in parts.items()}
-    return Outputs(whole[EMBEDDING], _by_specialty(whole, LOGITS), _by_specialty(whole, ZERO_SHOT))
+    return Outputs.of({name: np.concatenate(values) for name, values in parts.items()})
 
 
 def _outputs(kit: Toolkit, engine: trt.ICudaEngine) -> list[str]:
@@ -121,7 +120,3 @@ def _run(
 def _must(kit: Toolkit, done: bool, what: str) -> None:
     if not done:
         raise ExportError(str(kit.fail(what)))
-
-
-def _by_specialty(outputs: dict[str, NDArray[np.float32]], prefix: str) -> dict[str, NDArray[np.float32]]:
-    return {name.removeprefix(prefix): value for name, value in outputs.items() if name.startswith(prefix)}

@@ -22,8 +22,6 @@ from clinifed.export.source import Card, PublicImages, load_model, public_manife
 from clinifed.export.tensorrt import Planned, build_plan, write_build_plan
 from clinifed.export.text import export_text_tower
 from clinifed.export.triton import Interface, model_name, write_repository
-from clinifed.models.adapters import GlobalModel
-from clinifed.models.backbone import Backbone
 from clinifed.models.state import read_checkpoint
 from clinifed.signing import read_signing_key
 
@@ -97,7 +95,8 @@ def export_checkpoint(
 
     progress("loading the base model")
     trained, backbone = load_model(source, card, model_ref or card.base_model)
-    names = deploy(trained, backbone, card.specialties, card.temperature, specialties).specialties
+    model = deploy(trained, backbone, card.specialties, card.temperature, specialties)
+    names = model.specialties
     presets, preprocess = request.presets, backbone.preprocess
     count = presets.parity_images if parity_images is None else parity_images
     images = PublicImages.load(tests, backbone, card, count, "--test", names)
@@ -106,9 +105,9 @@ def export_checkpoint(
         calibrated = calibration_set(ranges_from, preprocess, presets.calibration_images, hospital_data)
         judges = PublicImages.load(ranges_from, backbone, card, presets.selection_images, "--calibration", names)
         progress(f"trained heads against zero-shot on {len(judges.pixels)} public validation images")
-        heads = _choose(trained, backbone, card, names, judges)
-    lost = [name for name, choice in heads.items() if choice.head == "zero-shot"]
-    model = deploy(trained, backbone, card.specialties, card.temperature, names, lost)
+        _, logits, zero_shot = run_torch(model, judges.pixels)
+        heads = choose_heads(logits, zero_shot, judges, card.objective)
+        model.zero_shot_heads = frozenset(name for name, choice in heads.items() if choice.head == "zero-shot")
     progress(f"torch FP32 on {len(images.pixels)} public test images")
     reference = Outputs(*run_torch(model, images.pixels))
 
@@ -151,14 +150,6 @@ def export_checkpoint(
         bundle.replace(out)
     progress(f"bundle: {out}")
     return report
-
-
-def _choose(
-    trained: GlobalModel, backbone: Backbone, card: Card, names: Sequence[str], judges: PublicImages
-) -> dict[str, HeadChoice]:
-    candidate = deploy(trained, backbone, card.specialties, card.temperature, names)
-    _, logits, zero_shot = run_torch(candidate, judges.pixels)
-    return choose_heads(logits, zero_shot, judges, card.objective)
 
 
 def _manifest(
