@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from results import HERE, machine, write_section
+from results import HERE, Entry, record, write_section
 
 CONFIG = HERE.parent / "simulator_configs" / "demo.yaml"
 
@@ -78,31 +78,21 @@ def main() -> None:
     sent = max(r["bytes_sent"] for site in last["sites"].values() for r in site["rounds"])
     received = max(r["bytes_received"] for site in last["sites"].values() for r in site["rounds"])
     entries = [
-        {
-            "name": f"demo_{which}_{name}",
-            "ratio": mean(c[name][2] for c in runs.values()) / mean(c[name][0] for c in runs.values()),
-            "a": mean(c[name][2] for c in runs.values()),
-            "b": mean(c[name][0] for c in runs.values()),
-            "unit": "balanced accuracy, federated over zero-shot",
-            "spread": max(c[name][2] for c in runs.values()) - min(c[name][2] for c in runs.values()),
-            "machine": machine(),
-        }
+        Entry(
+            name=f"demo_{which}_{name}",
+            ratio=mean(c[name][2] for c in runs.values()) / mean(c[name][0] for c in runs.values()),
+            a=mean(c[name][2] for c in runs.values()),
+            b=mean(c[name][0] for c in runs.values()),
+            unit="balanced accuracy, federated over zero-shot",
+            spread=max(c[name][2] for c in runs.values()) - min(c[name][2] for c in runs.values()),
+        )
         for which, runs in (("learned", learned), ("shuffled", control))
         if runs
         for name in sorted(next(iter(runs.values())))
     ]
-    entries.append(
-        {
-            "name": "demo_payload_heads",
-            "ratio": max(sent, received) / last["full_model_bytes"],
-            "a": max(sent, received),
-            "b": last["full_model_bytes"],
-            "unit": "bytes per round and site over the full model's",
-            "spread": 0,
-            "machine": machine(),
-        }
-    )
-    (HERE / "results.json").write_text(json.dumps(entries, indent=2) + "\n")
+    payload, model = max(sent, received), last["full_model_bytes"]
+    unit = "bytes per round and site over the full model's"
+    record([*entries, Entry("demo_payload_heads", payload / model, payload, model, unit, 0)])
     text = [
         "Every figure comes from whole runs of `clinifed simulate simulator_configs/demo.yaml`.",
         "",

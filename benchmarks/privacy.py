@@ -14,6 +14,7 @@ from results import write_section
 from torch import nn
 
 from clinifed.models.adapters import TrainablePart
+from clinifed.models.trunk import Projection
 from clinifed.policy import Budget
 from clinifed.privacy.engine import Mechanism, PatientTensors, plain_step, private_step
 from clinifed.privacy.ledger import Ledger, read_ledger
@@ -54,7 +55,7 @@ def step() -> list[str]:
     data = PatientTensors(torch.randn(1000, 512), patient, torch.randint(0, 2, (1000,)), torch.randint(0, 2, (1000,)))
     mechanism, objective = Mechanism(10.0, 1.0, 500), OBJECTIVES["cross-entropy"]
     lines = []
-    for name, projection in (("heads", None), ("projection and heads", nn.Linear(512, 512, bias=False))):
+    for name, projection in (("heads", None), ("projection and heads", Projection(nn.Linear(512, 512, bias=False)))):
         part = TrainablePart(nn.ModuleDict({"a": nn.Linear(512, 2), "b": nn.Linear(512, 2)}), projection)
         private = seconds(lambda p=part: private_step(p, data, objective, mechanism, 0.1, 64))
         plain = seconds(lambda p=part: plain_step(p, data, objective, 0.1, 64))

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import BertConfig
 
 from clinifed.aggregators.checkpoint import write_checkpoint
-from clinifed.config import FolderIndex, Synthesize
+from clinifed.config import FolderIndex, Synthesize, Training
 from clinifed.data.dataset import load_pixels
 from clinifed.data.index import index_folder
 from clinifed.data.manifest import read_manifest
@@ -74,8 +74,8 @@ def make_checkpoint(folder: Path, ref: str, patients: int) -> Path:
         index_folder(index, public[which], NAMES, "public")
     backbone = load_backbone(ref)
     specialties = {name: SPECIALTIES[name] for name in NAMES}
-    part = build_trainable(backbone, specialties, "projection", TEMPERATURE)
-    part.trunk["projection"].weight += 1e-3 * torch.randn_like(part.trunk["projection"].weight)
+    part = build_trainable(backbone, specialties, Training(train="projection", temperature=TEMPERATURE))
+    part.trunk.projection.weight += 1e-3 * torch.randn_like(part.trunk.projection.weight)
     model = GlobalModel(backbone, part).eval()
     manifest = read_manifest(public["validation"])
     loaded = load_pixels(manifest, manifest.records, backbone.preprocess)

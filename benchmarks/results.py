@@ -1,8 +1,10 @@
-"""Where the benchmarks write: one section of ``RESULTS.md`` each, with the machine beside the figures."""
+"""Where the benchmarks write: a section of ``RESULTS.md`` each for people, entries of ``results.json`` for programs."""
 
+import json
 import os
 import platform
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,3 +27,23 @@ def write_section(title: str, lines: Sequence[str]) -> None:
     kept[title] = "\n".join([f"Machine: {machine()}.", "", *lines]).strip("\n")
     text = "\n\n".join([head.strip("\n"), *(f"## {name}\n\n{body}" for name, body in kept.items())])
     path.write_text(text + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One figure: a ratio of two things measured in one run."""
+
+    name: str
+    ratio: float  # a / b
+    a: float
+    b: float
+    unit: str
+    spread: float  # of the ratio over repetitions, largest minus smallest
+
+
+def record(entries: Sequence[Entry]) -> None:
+    """Put ``entries`` into ``results.json``, each in the place of what had its name, with the machine beside it."""
+    path = HERE / "results.json"
+    kept = {entry["name"]: entry for entry in json.loads(path.read_text())} if path.exists() else {}
+    kept |= {entry.name: {**asdict(entry), "machine": machine()} for entry in entries}
+    path.write_text(json.dumps(list(kept.values()), indent=2) + "\n")

@@ -90,7 +90,11 @@ class Model(_Settings):
 class Training(_Settings):
     """What every site does in every round."""
 
-    train: Literal["heads", "projection"] = "heads"
+    train: Literal["heads", "projection", "lora", "blocks"] = "heads"  # a key of clinifed.models.trunk.TRUNKS
+    rank: int = Field(8, ge=1, le=256)  # of lora
+    blocks: int = Field(1, ge=1, le=64)  # the last ones of the image tower, which train with blocks
+    checkpointing: bool = False  # lora and blocks: less memory for about a third more time
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the products in lora and blocks; gradients and noise stay float32
     local_epochs: int = Field(1, ge=1, le=100)  # full batch: one epoch is one step is one release
     learning_rate: float = Field(4.0, gt=0, le=1000)
     temperature: float = Field(10.0, gt=0, le=100)  # scale of the zero-shot logits at the start

@@ -154,7 +154,7 @@ def _space(model: GlobalModel, backbone: Backbone) -> dict[str, object]:
     return {
         "clinifed": __version__,
         "base": backbone.sha256,
-        "cut": "projection" in model.part.trunk,
+        "cut": model.part.trunk.cut,
         "models": _versions(_MODELS),
         "transform": sha256_of(canonical_json([astuple(backbone.preprocess), _reading()])),
     }

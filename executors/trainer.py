@@ -90,8 +90,8 @@ class SiteTrainer:
         mine = {name: contract.specialties[name] for name in sorted(site.specialties)}
         training = contract.training
         self.objective = resolve_objective(contract.promise.objective)
-        self.part = build_trainable(backbone, mine, training.train, training.temperature)
-        self.start = {name: t.clone() for name, t in self.part.state_dict().items()}
+        self.part = build_trainable(backbone, mine, training)
+        self.start = self.part.shared()
         model = GlobalModel(backbone, self.part).eval()
         self.data = patient_tensors(
             model,
@@ -121,13 +121,13 @@ class SiteTrainer:
 
         def make() -> tuple[Parameters, dict[str, Any]]:
             started = time.perf_counter()
-            self.part.load_state_dict(began)
+            self.part.load_shared(began)
             declared = self._declared()
             nominal = self.contract.sites[self.policy.site].nominal_patients
             epochs = self.contract.training.local_epochs
             local_steps(self.part, self.start, self.data, self.contract, nominal, epochs)
             log.info("round %d: trained in %.2f s", round_number, time.perf_counter() - started)
-            change = {n: (t - began[n]).numpy() for n, t in self.part.state_dict().items()}
+            change = {n: (t - began[n]).numpy() for n, t in self.part.shared().items()}
             # The server refuses what is longer than the contract's bound; after the noise, shortening it is free.
             return projected(change, self.contract.sites[self.policy.site].norm_bound), declared
 

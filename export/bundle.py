@@ -189,7 +189,7 @@ def lineage(source: Checkpoint, card: Card, model: DeployedModel) -> dict[str, A
         "checkpoint_sha256": file_sha256(source.path / WEIGHTS),
         "base_model": {"ref": _named(card.base_model), "sha256": card.sha256},
         "specialties": list(model.specialties),
-        "prompts_version": sha256(canonical_json([card.sha256, card.temperature, prompts])).hexdigest(),
+        "prompts_version": sha256(canonical_json([card.sha256, card.training.temperature, prompts])).hexdigest(),
     }
 
 

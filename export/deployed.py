@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clinifed.config import Specialty
+from clinifed.config import Specialty, Training
 from clinifed.errors import ExportError
-from clinifed.models.adapters import GlobalModel
+from clinifed.models.adapters import GlobalModel, TrainablePart
 from clinifed.models.backbone import Backbone
 from clinifed.models.heads import prompt_matrix
+from clinifed.models.trunk import Trunk, build_trunk
 
 __all__ = ["DeployedModel", "TextTower", "deploy"]
 
@@ -26,7 +27,7 @@ class DeployedModel(nn.Module):
         self,
         model: GlobalModel,
         prompts: Mapping[str, Tensor],
-        base_projection: Tensor | None,
+        base: Trunk | None,
         temperature: float,
         zero_shot_heads: Collection[str] = (),
     ) -> None:
@@ -35,7 +36,7 @@ class DeployedModel(nn.Module):
         Args:
             model: the trained model.
             prompts: of each exported specialty, the L2-normalised prompt embeddings (K, D).
-            base_projection: (D, F), of the base model, where the projection was trained; None where it was not.
+            base: the base model's own trunk, where the trunk was trained; None where it was not.
             temperature: factor of the zero-shot logits, as in training.
             zero_shot_heads: specialties whose trained head is left out; they answer zero-shot.
         """
@@ -44,10 +45,9 @@ class DeployedModel(nn.Module):
         self.temperature = temperature
         self.zero_shot_heads = frozenset(zero_shot_heads)
         self.specialties = tuple(prompts)
-        self.base_projection: Tensor | None
         for name, matrix in prompts.items():
             self.register_buffer(f"prompts_{name}", matrix)
-        self.register_buffer("base_projection", base_projection)
+        self.base = base
 
     def prompts(self, specialty: str) -> Tensor:
         """The baked prompt matrix (K, D) of ``specialty``; its rows have length 1."""
@@ -57,9 +57,8 @@ class DeployedModel(nn.Module):
     def forward(self, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Embedding (B, D), L2-normalised; logits; and the base model's zero-shot logits."""
         features = self.model.features(pixels)
-        embedding = base = self.model.part.embed(features)
-        if self.base_projection is not None:
-            base = functional.normalize(functional.linear(features, self.base_projection), dim=-1)
+        embedding = self.model.part.embed(features)
+        base = embedding if self.base is None else self.base(features)
         zero_shot = {name: self.temperature * functional.linear(base, self.prompts(name)) for name in self.specialties}
         heads = self.model.part.heads
         logits = {
@@ -86,7 +85,7 @@ def deploy(
     model: GlobalModel,
     backbone: Backbone,
     specialties: Mapping[str, Specialty],
-    temperature: float,
+    training: Training,
     only: Sequence[str] | None = None,
     zero_shot_heads: Collection[str] = (),
 ) -> DeployedModel:
@@ -101,7 +100,8 @@ def deploy(
         raise ExportError(
             f"specialty {', '.join(unknown) or 'list is empty'}: the checkpoint has {', '.join(specialties)}"
         )
-    trained = "projection" in model.part.trunk
-    projection = backbone.projection().weight.detach().clone() if trained else None
+    model = GlobalModel(backbone, TrainablePart(model.part.heads, model.part.trunk.merged()))
+    own = build_trunk(backbone, training).merged()
+    trained = training.train != "heads"
     prompts = {name: prompt_matrix(backbone, specialties[name]) for name in names}
-    return DeployedModel(model, prompts, projection, temperature, zero_shot_heads).eval()
+    return DeployedModel(model, prompts, own if trained else None, training.temperature, zero_shot_heads).eval()

@@ -95,7 +95,7 @@ def export_checkpoint(
 
     progress("loading the base model")
     trained, backbone = load_model(source, card, model_ref or card.base_model)
-    model = deploy(trained, backbone, card.specialties, card.temperature, specialties)
+    model = deploy(trained, backbone, card.specialties, card.training, specialties)
     names = model.specialties
     presets, preprocess = request.presets, backbone.preprocess
     count = presets.parity_images if parity_images is None else parity_images

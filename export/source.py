@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from clinifed.config import Name, Specialty
+from clinifed.config import Name, Specialty, Training
 from clinifed.data.dataset import load_pixels
 from clinifed.data.manifest import Manifest, Record, read_manifest
 from clinifed.errors import ExportError, PrivacyError
@@ -30,8 +30,7 @@ class Card:
     federation: str
     base_model: str  # a model.ref
     sha256: str  # of the base model's weights
-    train: str
-    temperature: float
+    training: Training
     objective: Objective
     specialties: Mapping[str, Specialty]
     public: Mapping[str, str]  # "validation" | "test" → manifest, relative to the checkpoint
@@ -57,8 +56,7 @@ class Card:
                 str(card["federation"]),
                 str(card["base_model"]["ref"]),
                 str(card["base_model"]["sha256"]),
-                str(card["training"]["train"]),
-                float(card["training"]["temperature"]),
+                Training.model_validate(card["training"]),
                 resolve_objective(str(card["objective"])),
                 specialties,
                 dict(card.get("public") or {}),
@@ -121,7 +119,7 @@ def load_model(checkpoint: Checkpoint, card: Card, ref: str) -> tuple[GlobalMode
             f"{card.file}: base_model.sha256 is {card.sha256}, but base model {ref!r} has {backbone.sha256}; "
             "export with the base model that the checkpoint was trained on"
         )
-    part = build_trainable(backbone, card.specialties, card.train, card.temperature, checkpoint.params)
+    part = build_trainable(backbone, card.specialties, card.training, checkpoint.params)
     return GlobalModel(backbone, part).eval(), backbone
 
 

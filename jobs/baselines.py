@@ -57,11 +57,11 @@ def local_scores(
     """
     agreed = contract.sites[site]
     mine = {name: contract.specialties[name] for name in agreed.specialties}
-    part = build_trainable(backbone, mine, contract.training.train, contract.training.temperature)
+    part = build_trainable(backbone, mine, contract.training)
     if not private:
         promise = contract.promise.model_copy(update={"mode": "off"})
         contract = contract.model_copy(update={"promise": promise})
-    start = {name: tensor.clone() for name, tensor in part.state_dict().items()}
+    start = part.shared()
     steps = contract.rounds * contract.training.local_epochs
     with _one_thread():
         local_steps(part, start, data, contract, agreed.nominal_patients, steps)
@@ -81,5 +81,4 @@ def _one_thread() -> Iterator[None]:
 
 def load_part(contract: Contract, backbone: Backbone, state: Mapping[str, Tensor] | None = None) -> TrainablePart:
     """The trainable part of the whole federation, at its start or with ``state``."""
-    training = contract.training
-    return build_trainable(backbone, contract.specialties, training.train, training.temperature, state)
+    return build_trainable(backbone, contract.specialties, contract.training, state)

@@ -6,11 +6,12 @@ from typing import Any
 from pydantic import TypeAdapter
 from rich.table import Table
 
-from clinifed.config import Specialty
+from clinifed.config import Specialty, Training
 from clinifed.data.manifest import read_manifest
 from clinifed.errors import DataError, ModelError
 from clinifed.executors.features import patient_tensors
 from clinifed.jobs.baselines import score_part
+from clinifed.load import validate
 from clinifed.models.adapters import GlobalModel, build_trainable
 from clinifed.models.backbone import load_backbone
 from clinifed.models.state import read_checkpoint
@@ -47,10 +48,10 @@ def evaluate_checkpoint(checkpoint: Path, test: Path | None, model_ref: str | No
         raise ModelError(f"the base model is {backbone.sha256}, the checkpoint was trained on {base['sha256']}")
     every = TypeAdapter(dict[str, Specialty]).validate_python(read.card["specialties"])
     names = sorted({r.specialty for r in manifest.records} & set(every))
-    training = read.card["training"]
+    training = validate(Training, read.card["training"], f"{checkpoint}: training")
     objective = resolve_objective(read.card["objective"])
-    start = build_trainable(backbone, every, training["train"], training["temperature"])
-    trained = build_trainable(backbone, every, training["train"], training["temperature"], read.params)
+    start = build_trainable(backbone, every, training)
+    trained = build_trainable(backbone, every, training, read.params)
     public = patient_tensors(
         GlobalModel(backbone, start).eval(),
         backbone,

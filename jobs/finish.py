@@ -74,7 +74,7 @@ def evaluate_run(
     """
     names = sorted(contract.specialties)
     start_part = load_part(contract, backbone)
-    start = {n: t.clone() for n, t in start_part.state_dict().items()}
+    start = start_part.shared()
     params = apply_delta(start, {name: torch.from_numpy(value) for name, value in delta.items()})
     if data.test is None:
         return {}, params

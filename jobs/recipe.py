@@ -66,8 +66,8 @@ def build_contract(
     resolve_objective(privacy.objective)
     releases = (federation.rounds + privacy.reserve_rounds) * training.local_epochs
     private = privacy.mode == "dp"
-    part = build_trainable(backbone, specialties, training.train, training.temperature)
-    shapes = {name: tuple(tensor.shape) for name, tensor in sorted(part.state_dict().items())}
+    part = build_trainable(backbone, specialties, training)
+    shapes = {name: tuple(tensor.shape) for name, tensor in sorted(part.shared().items())}
     sigma = noise_multiplier_for(privacy.epsilon, privacy.delta, releases) if private else 0.0
 
     def norm_bound(site: str) -> float:

@@ -1,7 +1,6 @@
-"""What trains: ``heads`` alone, or the image tower's ``projection`` as well. Everything before it is frozen.
+"""The model a federation trains: a frozen tower, a trunk that may train, and a head for every specialty.
 
-The frozen part turns pixels into features once; only the trainable part runs in every step. ``TRAINABLE`` says,
-for each mode, where the cut lies.
+The frozen part turns pixels into features once; only the trainable part runs in every step.
 """
 
 from collections.abc import Mapping
@@ -9,41 +8,61 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from clinifed.config import Specialty
+from clinifed.config import Specialty, Training
 from clinifed.errors import ModelError
 from clinifed.models.backbone import Backbone
 from clinifed.models.heads import build_heads, zero_shot_heads
+from clinifed.models.trunk import Trunk, build_trunk
 
-__all__ = ["TRAINABLE", "GlobalModel", "TrainablePart", "build_trainable"]
-
-# mode → does the shared trunk hold the projection (cut before it), or only the heads (cut after it)?
-TRAINABLE: dict[str, bool] = {"heads": False, "projection": True}
+__all__ = ["GlobalModel", "TrainablePart", "build_trainable"]
 
 
 class TrainablePart(nn.Module):
-    """Features (B, F) → L2-normalised embedding (B, D) → logits {specialty: (B, K)}.
+    """Features (B, …) → L2-normalised embedding (B, D) → logits {specialty: (B, K)}.
 
-    Its state dict is what a federation shares: ``trunk.projection.weight`` (D, F) where the projection trains,
-    and ``heads.<specialty>.weight`` (K, D), ``heads.<specialty>.bias`` (K,) for every specialty.
+    What a federation shares of it is :meth:`shared`: ``trunk.*`` as far as the trunk trains, and
+    ``heads.<specialty>.weight`` (K, D), ``heads.<specialty>.bias`` (K,) for every specialty.
     """
 
-    def __init__(self, heads: nn.ModuleDict, projection: nn.Linear | None) -> None:
+    def __init__(self, heads: nn.ModuleDict, trunk: Trunk | None = None) -> None:
         super().__init__()
-        self.trunk = nn.ModuleDict({} if projection is None else {"projection": projection})
+        self.trunk = trunk or Trunk()
         self.heads = heads
 
     def embed(self, features: Tensor) -> Tensor:
-        """Features (B, F) → L2-normalised embedding (B, D); the identity where only heads train."""
-        if "projection" not in self.trunk:
-            return features
-        return functional.normalize(self.trunk["projection"](features), dim=-1)
+        """Features (B, …) → L2-normalised embedding (B, D)."""
+        embedding: Tensor = self.trunk(features)
+        return embedding
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
-        """Logits {specialty: (B, K)} of ``features`` (B, F), every head on every row."""
+        """Logits {specialty: (B, K)} of ``features``, every head on every row."""
         embedding = self.embed(features)
         return {name: head(embedding) for name, head in self.heads.items()}
+
+    def shared(self) -> dict[str, Tensor]:
+        """Copies of all parameters that train, by their shared names."""
+        return {name: p.detach().clone() for name, p in self.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def load_shared(self, state: Mapping[str, Tensor]) -> None:
+        """Set the parameters that train.
+
+        Raises:
+            ModelError: names or shapes are not those of :meth:`shared`; nothing is set then.
+        """
+        mine = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        problems = [f"{name}: missing" for name in sorted(mine.keys() - state.keys())]
+        problems += [f"{name}: unknown here" for name in sorted(state.keys() - mine.keys())]
+        problems += [
+            f"{name}: {tuple(state[name].shape)} instead of {tuple(p.shape)}"
+            for name, p in mine.items()
+            if name in state and state[name].shape != p.shape
+        ]
+        if problems:
+            raise ModelError(f"the parameters do not fit this model: {'; '.join(problems)}")
+        for name, parameter in mine.items():
+            parameter.copy_(state[name])
 
 
 class GlobalModel(nn.Module):
@@ -55,11 +74,8 @@ class GlobalModel(nn.Module):
         self.part = part
 
     def features(self, pixels: Tensor) -> Tensor:
-        """What the frozen part makes of ``pixels``: the features (B, F) that the trainable part reads."""
-        if "projection" in self.part.trunk:
-            features: Tensor = self.visual.trunk(pixels)
-            return features
-        return functional.normalize(self.visual(pixels), dim=-1)
+        """What the frozen part makes of ``pixels``: the features (B, …) that the trainable part reads."""
+        return self.part.trunk.frozen(self.visual, pixels)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Embedding (B, D), L2-normalised, and logits {specialty: (B, K)}."""
@@ -70,30 +86,19 @@ class GlobalModel(nn.Module):
 def build_trainable(
     backbone: Backbone,
     specialties: Mapping[str, Specialty],
-    train: str,
-    temperature: float,
+    training: Training,
     state: Mapping[str, Tensor] | None = None,
 ) -> TrainablePart:
     """The trainable part at its start (zero-shot), or with ``state`` loaded.
 
     Raises:
-        ModelError: ``train`` is not in :data:`TRAINABLE`, or ``state`` has other names or shapes.
+        ModelError: the backbone has no such part, or ``state`` has other names or shapes.
     """
-    if train not in TRAINABLE:
-        raise ModelError(f"training.train: {train!r} is not one of {sorted(TRAINABLE)}")
-    projection = None
-    if TRAINABLE[train]:
-        source = backbone.projection()
-        projection = nn.Linear(source.in_features, source.out_features, bias=False)
-        with torch.no_grad():
-            projection.weight.copy_(source.weight)
-    start = zero_shot_heads(backbone, specialties, temperature)
+    trunk = build_trunk(backbone, training)
+    start = zero_shot_heads(backbone, specialties, training.temperature)
     embed_dim = next(iter(start.values())).shape[1]
-    part = TrainablePart(build_heads(specialties, embed_dim), projection)
-    part.load_state_dict({**part.state_dict(), **start})
+    part = TrainablePart(build_heads(specialties, embed_dim), trunk)
+    part.load_shared({**part.shared(), **start})
     if state is not None:
-        try:
-            part.load_state_dict(dict(state))
-        except RuntimeError as error:
-            raise ModelError(f"the parameters do not fit this model: {error}") from error
+        part.load_shared(state)
     return part

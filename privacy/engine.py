@@ -5,17 +5,17 @@ one gradient over the trunk and all heads before the clip, and removing a patien
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from opacus.grad_sample import GradSampleHooks
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
 from clinifed.errors import DataError, PrivacyError
 from clinifed.privacy.noise import NoiseSource, to_grid
 from clinifed.privacy.objectives import Objective
+from clinifed.privacy.patient_gradients import PatientGradient, PatientGradients
 from clinifed.privacy.patients import Mechanism, PatientTensors, physical_batches
 from clinifed.privacy.soundness import refuse_other_data, refuse_unsound
 
@@ -42,7 +42,7 @@ class PatientDPOptimizer(DPOptimizer):
         - A patient whose gradient is not finite contributes zero, which depends on that patient alone.
     """
 
-    groups: Tensor  # (R,) the patient of each row of the current physical batch, counted from 0
+    gradients: Sequence[PatientGradient] = ()  # of the current physical batch, one for each of ``params``
 
     def __init__(self, optimizer: torch.optim.Optimizer, mechanism: Mechanism) -> None:
         super().__init__(
@@ -54,25 +54,22 @@ class PatientDPOptimizer(DPOptimizer):
         )
         self.skipped = 0  # patients whose gradient was not finite; stays at the site
 
+    @property
+    def grad_samples(self) -> Sequence[PatientGradient]:
+        """What Opacus keeps per image is here per patient; Opacus asks only whether there is any."""
+        return self.gradients
+
     def clip_and_accumulate(self) -> None:
-        """Rows → patient means → one clip per patient → sum into ``summed_grad``."""
-        count = int(self.groups[-1]) + 1
-        images = torch.bincount(self.groups, minlength=count)
-        means = []
-        for rows in self.grad_samples:  # (R, *shape) per parameter
-            flat = rows.reshape(len(rows), -1)
-            total = flat.new_zeros((count, flat.shape[1])).index_add_(0, self.groups, flat)
-            means.append(total.div_(images.unsqueeze(1)))  # (P, numel)
-        norms = torch.stack([mean.norm(2, dim=1) for mean in means], dim=1).norm(2, dim=1)  # (P,)
+        """One clip per patient over all parameters, and the sum into ``summed_grad``."""
+        squares = [gradient.squared_norms() for gradient in self.gradients]
+        norms = torch.stack(squares).sum(dim=0).sqrt()  # (P,)
         finite = torch.isfinite(norms)
         self.skipped += int((~finite).sum())
         # 1e-6: as Opacus; it only ever makes the factor smaller.
         factor = torch.where(finite, (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0), 0.0)
-        for parameter, mean in zip(self.params, means, strict=True):
-            if self.skipped:  # 0 · NaN is NaN, so that a factor of zero would not do
-                mean = torch.where(finite.unsqueeze(1), mean, 0.0)
-            clipped = (factor @ mean).view_as(parameter)
-            parameter.summed_grad = clipped if parameter.summed_grad is None else parameter.summed_grad + clipped
+        for parameter, gradient in zip(self.params, self.gradients, strict=True):
+            clipped = gradient.clipped_sum(factor)
+            parameter.summed_grad = clipped if parameter.summed_grad is None else parameter.summed_grad.add_(clipped)
 
     def add_noise(self) -> None:
         """Clipped sum + N(0, σ²C²), in float64, rounded to the grid; one fresh key for the whole release."""
@@ -80,29 +77,13 @@ class PatientDPOptimizer(DPOptimizer):
         std = self.noise_multiplier * self.max_grad_norm
         for parameter in self.params:
             noise = source.standard_normal(tuple(parameter.shape))
-            noised = to_grid(parameter.summed_grad.double().numpy() + std * noise, self.max_grad_norm)
-            parameter.grad = torch.from_numpy(noised.astype(np.float32)).view_as(parameter)
+            noised = to_grid(parameter.summed_grad.double().cpu().numpy() + std * noise, self.max_grad_norm)
+            parameter.grad = torch.from_numpy(noised.astype(np.float32)).view_as(parameter).to(parameter.device)
 
     def scale_grad(self) -> None:
         """Divide by the public N₀ (Opacus would divide by numbers derived from the private one)."""
         for parameter in self.params:
             parameter.grad /= self.expected_batch_size
-
-
-def _check_samples(trained: Mapping[str, nn.Parameter], rows: int) -> None:
-    """Raise PrivacyError unless every parameter has one gradient per row."""
-    wrong = []
-    for name, parameter in trained.items():
-        found = getattr(parameter, "grad_sample", None)
-        if not isinstance(found, Tensor):
-            wrong.append(f"{name}: no gradient per image; it does not take part in the loss, so freeze it")
-        elif len(found) != rows:
-            wrong.append(
-                f"{name}: {len(found)} gradients for {rows} images; it is used in a way that has no gradient per "
-                "image, so freeze it"
-            )
-    if wrong:
-        raise PrivacyError(*wrong)
 
 
 def private_step(
@@ -137,18 +118,19 @@ def private_step(
     before = {name: t.detach().clone() for name, t in (*trained.items(), *module.named_buffers())}
     optimizer = PatientDPOptimizer(torch.optim.SGD(trained.values(), lr=learning_rate), mechanism)
     module.train()  # Opacus records activations in training mode only
-    hooks = GradSampleHooks(module, loss_reduction="sum")
+    hooks = PatientGradients(module)
     try:
         batches = list(physical_batches(data.patient, batch_size))
         if not batches:
             raise DataError("no patients: a site without any has nothing to train on")
         for index, rows in enumerate(batches):
-            optimizer.groups = data.patient[rows] - data.patient[rows.start]
-            # Opacus' backward hooks want an input that takes part in the graph.
+            hooks.groups = data.patient[rows] - data.patient[rows.start]
+            # Opacus' backward hooks want an input that takes part in the graph; with it as the only one that is asked
+            # for, autograd does not add up the gradients of the parameters, which nobody needs.
             features = data.features[rows].detach().requires_grad_()
             losses = objective(module(features), data.specialty[rows], data.label[rows])
-            losses.sum().backward()
-            _check_samples(trained, len(features))
+            losses.sum().backward(inputs=[features])
+            optimizer.gradients = hooks.take(trained)
             optimizer.signal_skip_step(index < len(batches) - 1)
             optimizer.step()
             optimizer.zero_grad()

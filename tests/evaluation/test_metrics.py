@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clinifed.config import Specialty
+from clinifed.config import Specialty, Training
 from clinifed.data.manifest import Record, write_manifest
 from clinifed.errors import DataError
 from clinifed.evaluation.metrics import (
@@ -84,7 +84,7 @@ def test_a_manifest_with_several_labels_reaches_the_scores(tmp_path) -> None:
         records.append(Record(image, f"p{number}", "radiology", label, "", "train"))
     manifest = write_manifest(tmp_path / "manifest.csv", records, "synthetic")
     backbone = load_backbone("tiny")
-    part = build_trainable(backbone, {"radiology": specialty}, "heads", 10.0)
+    part = build_trainable(backbone, {"radiology": specialty}, Training(train="heads"))
     model, many = GlobalModel(backbone, part).eval(), OBJECTIVES["multi-label-bce"]
     options = {"split": None, "batch_size": 8, "cache": None}
     data = patient_tensors(model, backbone, manifest, {"radiology": specialty}, objective=many, **options)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clinifed.config import Specialty
+from clinifed.config import Specialty, Training
 from clinifed.data.manifest import Manifest, Record, write_manifest
 from clinifed.errors import DataError
 from clinifed.executors import features
@@ -40,7 +40,7 @@ def manifest_of(folder: Path, numbers: list[int]) -> Manifest:
 @pytest.fixture
 def counted(backbone, monkeypatch):
     """The model, and how many images it was given."""
-    model = GlobalModel(backbone, build_trainable(backbone, LABELS, "heads", 10.0)).eval()
+    model = GlobalModel(backbone, build_trainable(backbone, LABELS, Training(train="heads"))).eval()
     counter, forward = Counter(), model.features
 
     def count(pixels):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
 
-from clinifed.config import DataClass
+from clinifed.config import DataClass, Training
 from clinifed.data.dataset import load_pixels
 from clinifed.data.manifest import Record, read_manifest, write_manifest
 from clinifed.export.deployed import DeployedModel, deploy
@@ -25,6 +25,7 @@ from clinifed.models.specialties import SPECIALTIES
 SPECIALTY_NAMES = ("emergency", "radiology")  # three labels, and two
 IMAGES_PER_LABEL = 8
 TEMPERATURE = 10.0
+TRAINING = Training(train="projection", temperature=TEMPERATURE)
 
 
 def picture(specialty: str, label: int, rng: np.random.Generator) -> Image.Image:
@@ -95,9 +96,9 @@ def fit_heads(part: TrainablePart, embedding: torch.Tensor, images: SimpleNamesp
 @pytest.fixture(scope="session")
 def trained(backbone: Backbone, images: dict[str, SimpleNamespace]) -> GlobalModel:
     specialties = {name: SPECIALTIES[name] for name in SPECIALTY_NAMES}
-    part = build_trainable(backbone, specialties, "projection", TEMPERATURE)
+    part = build_trainable(backbone, specialties, TRAINING)
     with torch.no_grad():  # so that the trained projection and the base model's differ
-        weight = part.trunk["projection"].weight
+        weight = part.trunk.projection.weight
         weight += 0.1 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
     model = GlobalModel(backbone, part).eval()
     with torch.no_grad():
@@ -109,7 +110,7 @@ def trained(backbone: Backbone, images: dict[str, SimpleNamespace]) -> GlobalMod
 @pytest.fixture(scope="session")
 def model(trained: GlobalModel, backbone: Backbone) -> DeployedModel:
     """The trained model with its prompts baked in; not to be changed."""
-    return deploy(trained, backbone, {name: SPECIALTIES[name] for name in SPECIALTY_NAMES}, TEMPERATURE)
+    return deploy(trained, backbone, {name: SPECIALTIES[name] for name in SPECIALTY_NAMES}, TRAINING)
 
 
 @pytest.fixture(scope="session")

@@ -16,35 +16,29 @@ CHARGED_AND_NOTHING_KEPT = {"after-charge", "before-noise", "after-noise", "befo
 EVERYBODY = list(SITES)
 
 
-def test_a_trainer_killed_in_every_phase_of_a_round(live: LiveFederation) -> None:
-    """Two sites' trainers at a time, each in another phase: both go on from the disk in the very same round."""
+def test_trainers_and_a_job_process_killed_in_every_phase_of_a_round(live: LiveFederation) -> None:
+    """In each round two sites' trainers, each in another phase, and the third site's FLARE job process.
+
+    All go on from the disk in the very same round. FLARE alone would end the whole job with the job process; here it
+    is started again and asked for the same round.
+    """
     for number, (first, second) in enumerate(zip(ALDER, BIRCH, strict=True)):
         live.fault("alder", first, "kill", round=number)
         live.fault("birch", second, "kill", round=number)
+    for number, point in enumerate(CEDAR):
+        live.fault("cedar", point, "kill", round=number)
     for _ in range(2):  # its second one as well: then the round is lost to the site, which is back in the next
         live.fault("cedar", "before-charge", "kill", round=len(ALDER))
-    outcome = live.run({"rounds": len(ALDER) + 2})
+    outcome = live.run({"rounds": len(ALDER) + 2, "aggregation": {"round_timeout_s": 60}})
     assert live.waiting() == []
     assert outcome.accepted() == [EVERYBODY] * len(ALDER) + [["alder", "birch"], EVERYBODY]
     assert outcome.rounds[len(ALDER)]["missing"] == {"cedar": "failed"}
     assert len(outcome.jobs) == 1
-    # A charge without a kept release is lost, and is paid again from the contract's reserve; nothing else is.
+    # A charge without a kept release is lost, and is paid again from the contract's reserve; nothing else is: what was
+    # kept before a job process died was sent again as it was.
     assert live.job(outcome, "alder").lost() == len(CHARGED_AND_NOTHING_KEPT & set(ALDER)) == 3
     assert live.job(outcome, "birch").lost() == len(CHARGED_AND_NOTHING_KEPT & set(BIRCH)) == 1
     assert live.job(outcome, "cedar").lost() == 0
-
-
-def test_a_sites_job_process_killed_before_training_after_it_and_at_the_door(live: LiveFederation) -> None:
-    """FLARE alone would end the whole job; here the process is started again and asked for the same round."""
-    for number, point in enumerate(CEDAR):
-        live.fault("cedar", point, "kill", round=number)
-    outcome = live.run({"rounds": len(CEDAR) + 1})
-    assert live.waiting() == []
-    assert len(outcome.jobs) == 1
-    assert outcome.accepted() == [EVERYBODY] * (len(CEDAR) + 1)
-    # What was kept before the process died was sent again as it was: no round was paid twice.
-    assert live.job(outcome, "cedar").lost() == 0
-    assert len(set(outcome.spent.values())) == 1
 
 
 def test_a_whole_site_killed_is_noticed_and_is_back_in_the_next_job(live: LiveFederation) -> None:

@@ -23,48 +23,44 @@ DEADLINE_S = 15
 
 
 def test_troubles_of_sites_cost_the_round_that_site_and_the_ledger_never_undercounts(live: LiveFederation) -> None:
-    """One trouble a round, another site each time; a quiet round after each policy or ledger that was mended."""
+    """Two troubles a round where they are of one kind; a quiet round after a policy or ledger that was mended."""
     live.fault("alder", "before-noise", "stop", round=0)  # the trainer hangs, its charge made
-    live.fault("birch", "answered", "sleep", round=2, seconds=DEADLINE_S + 5)  # the answer is late
-    live.fault("cedar", "outbox-write", "full", round=3)  # charged, and the release cannot be kept
-    live.fault("alder", "ledger-write", "full", round=4)  # the charge cannot be written down
-    live.fault("server", "weights-written-not-yet", "full", round=5)
+    live.fault("birch", "answered", "sleep", round=0, seconds=DEADLINE_S + 5)  # the answer is late
+    live.fault("cedar", "outbox-write", "full", round=2)  # charged, and the release cannot be kept
+    live.fault("birch", "ledger-write", "full", round=2)  # the charge cannot be written down
+    live.fault("server", "weights-written-not-yet", "full", round=3)
     damaged: dict[str, bytes] = {}
 
     def told(text: str) -> None:
         ledger = live.policies["birch"].ledger
-        if text.startswith("round 6 of"):  # before round 6, counted from 0: somebody edits a ledger
+        if text.startswith("round 4 of"):  # before round 4, counted from 0: somebody edits a ledger
             damaged["ledger"] = ledger.read_bytes()
             ledger.write_bytes(damaged["ledger"].replace(b'"units":', b'"units": ', 1))
-        if text.startswith("round 7 of"):
-            ledger.write_bytes(damaged["ledger"])  # the steward restores it
             tight = live.policies["cedar"].model_copy(update={"budget": Budget(epsilon=0.01, delta=1e-5)})
             write_policy(live.paths["cedar"] / "local", tight)  # another one lowers the budget, in the middle of a run
-        if text.startswith("round 8 of"):
+        if text.startswith("round 5 of"):
+            ledger.write_bytes(damaged["ledger"])  # the stewards restore both
             write_policy(live.paths["cedar"] / "local", live.policies["cedar"])
 
-    change = {"rounds": 9, "aggregation": {"round_timeout_s": DEADLINE_S}, "privacy": {"reserve_rounds": 4}}
-    outcome = live.run(change, told=told)
+    aggregation = {"round_timeout_s": DEADLINE_S, "quorum": 1}
+    outcome = live.run({"rounds": 6, "aggregation": aggregation, "privacy": {"reserve_rounds": 4}}, told=told)
     assert live.waiting() == []
     missing = [entry["missing"] for entry in outcome.rounds]
-    assert missing[0] == {"alder": "deadline"}
+    assert missing[0] == {"alder": "deadline", "birch": "deadline"}
     assert set(missing[1]) <= {"alder"}, "a trainer that hung is ended and starts anew, on a busy machine for a round"
-    assert missing[2] == {"birch": "deadline"}
-    assert set(missing[3]) == {"cedar"}
-    assert set(missing[4]) == {"alder"}
-    assert missing[5] == {}, "the server's own trouble: the round is done again in the next job"
-    assert missing[6] == {"birch": "policy"}
-    assert missing[7] == {"cedar": "policy"}, "a lowered budget stops before the step"
-    assert missing[8] == {}
+    assert {"cedar", "birch"} <= set(missing[2])
+    assert missing[3] == {}, "the server's own trouble: the round is done again in the next job"
+    assert missing[4] == {"birch": "policy", "cedar": "policy"}, "a lowered budget stops before the step"
+    assert missing[5] == {}
     assert len(outcome.jobs) == 2
     assert all(entry["counted"] for entry in outcome.rounds)
     # What was charged and never sent stays charged.
     charged = {site: sorted(number for number, _ in live.job(outcome, site).charges.values()) for site in SITES}
     assert 0 in charged["alder"]
-    assert 2 in charged["birch"]
-    assert 3 in charged["cedar"]
-    assert 6 not in charged["birch"]
-    assert 7 not in charged["cedar"]
+    assert 0 in charged["birch"]
+    assert 2 in charged["cedar"]
+    assert 4 not in charged["birch"]
+    assert 4 not in charged["cedar"]
 
 
 def test_a_network_that_is_cut_or_swallows_everything_applies_no_update_twice(live: LiveFederation) -> None:

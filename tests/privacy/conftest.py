@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from clinifed.models.adapters import TrainablePart
+from clinifed.models.trunk import Projection
 from clinifed.privacy.engine import PatientTensors
 
 Build = Callable[..., TrainablePart]
@@ -17,7 +18,7 @@ def build_part() -> Build:
     def build(projection: bool = False) -> TrainablePart:
         torch.manual_seed(0)
         heads = nn.ModuleDict({"cardiology": nn.Linear(8, 2), "radiology": nn.Linear(8, 3)})
-        return TrainablePart(heads, nn.Linear(8, 8, bias=False) if projection else None)
+        return TrainablePart(heads, Projection(nn.Linear(8, 8, bias=False)) if projection else None)
 
     return build
 

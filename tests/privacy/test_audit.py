@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from clinifed.errors import PrivacyError
+from clinifed.privacy import engine
 from clinifed.privacy import self_test as module
 from clinifed.privacy.accountant import noise_multiplier_for
 from clinifed.privacy.audit import audit, gradient_inversion, noise_ruler, one_run_audit
@@ -18,6 +19,7 @@ from clinifed.privacy.audit_one_run import epsilon_lower_bound, epsilon_proved, 
 from clinifed.privacy.engine import Mechanism, PatientDPOptimizer
 from clinifed.privacy.noise import NoiseSource
 from clinifed.privacy.objectives import OBJECTIVES
+from clinifed.privacy.patient_gradients import PatientGradients
 from clinifed.privacy.self_test import self_test
 
 DELTA, RELEASES, SEEDS = 1e-5, 50, range(5)
@@ -93,9 +95,11 @@ class TestNoiseRuler:
         assert not noise_ruler(PLANNED).passed
 
     def test_it_fails_with_another_denominator(self, monkeypatch):
-        monkeypatch.setattr(
-            PatientDPOptimizer, "scale_grad", lambda self: [p.grad.div_(len(self.groups)) for p in self.params]
-        )
+        def true_number(self):
+            for parameter in self.params:
+                parameter.grad.div_(len(self.gradients[0].squared_norms()))
+
+        monkeypatch.setattr(PatientDPOptimizer, "scale_grad", true_number)
         assert not noise_ruler(PLANNED).passed
 
 
@@ -108,9 +112,12 @@ class TestNeighbours:
         assert result.cases == 16
 
     def test_it_fails_where_each_image_is_clipped_by_itself(self, monkeypatch):
-        from opacus.optimizers import DPOptimizer
+        class ByImage(PatientGradients):
+            """As Opacus itself would: every image is taken for a patient."""
 
-        monkeypatch.setattr(PatientDPOptimizer, "clip_and_accumulate", DPOptimizer.clip_and_accumulate)
+            groups = property(lambda self: self.images, lambda self, of: setattr(self, "images", torch.arange(len(of))))
+
+        monkeypatch.setattr(engine, "PatientGradients", ByImage)
         result = neighbour_audit(OBJECTIVES["cross-entropy"], patients=(16,), images=(1, 20))
         assert not result.passed
         assert result.largest > 15

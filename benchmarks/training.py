@@ -1,0 +1,167 @@
+"""What a private step costs at BiomedCLIP's real size: over the same step without privacy, and over stock Opacus.
+
+``python benchmarks/training.py`` writes its section of ``RESULTS.md`` and its entries of ``results.json``. Every mode
+runs in a process of its own, so that its peak memory is its own; both sides of a ratio run there in turns.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from results import Entry, record, write_section
+
+IMAGES = 4  # in a physical batch, one for each patient
+PAIRS = 7  # of steps, in turns, after one to warm up
+CACHED = 1000  # images of a site whose features are kept, two for each of 500 patients
+MODES = ("heads", "projection", "lora", "blocks", "stock")
+LIMITS = {"dp_step_lora": 1.1, "dp_step_blocks": 1.2, "dp_step_heads": 2.0}
+
+
+def in_turns(one: Callable[[], object], other: Callable[[], object]) -> tuple[list[float], list[float]]:
+    """Seconds of each, one after the other, so that what else the machine does falls on both."""
+    taken: tuple[list[float], list[float]] = ([], [])
+    for pair in range(PAIRS + 1):
+        for run, times in zip((one, other), taken, strict=True):
+            began = time.perf_counter()
+            run()
+            if pair:
+                times.append(time.perf_counter() - began)
+    return taken
+
+
+def peak_gb() -> float:
+    """Peak resident memory of this process, GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def our_step(mode: str, ref: str) -> dict[str, Any]:
+    """A step of ``mode`` with and without privacy, on drawn features of the shape that this mode reads."""
+    from clinifed.config import Training
+    from clinifed.models.adapters import GlobalModel, build_trainable
+    from clinifed.models.backbone import load_backbone
+    from clinifed.models.specialties import SPECIALTIES
+    from clinifed.privacy.engine import Mechanism, PatientTensors, plain_step, private_step
+    from clinifed.privacy.objectives import OBJECTIVES
+
+    backbone = load_backbone(ref)
+    specialties = {name: SPECIALTIES[name] for name in ("dermatology", "radiology")}
+    part = build_trainable(backbone, specialties, Training(train=mode, blocks=2))
+    model = GlobalModel(backbone, part).eval()
+    backbone.model.text = None  # its prompts are in the heads now
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        features = model.features(torch.randn(IMAGES, 3, 224, 224, generator=generator))
+    if features.dim() == 2:  # kept features are small: a site's step takes all of its images
+        features = torch.nn.functional.normalize(torch.randn(CACHED, features.shape[1], generator=generator), dim=-1)
+    rows = len(features)
+    patient = torch.arange(rows) if rows == IMAGES else torch.arange(rows // 2).repeat_interleave(2)
+    specialty, label = patient % 2, torch.randint(0, 2, (rows,), generator=generator)
+    data = PatientTensors(features, patient, specialty, label)
+    objective, mechanism = OBJECTIVES["cross-entropy"], Mechanism(1.0, 1.0, data.patients)
+    private, plain = in_turns(
+        lambda: private_step(part, data, objective, mechanism, 1e-3, 64 if rows > IMAGES else IMAGES),
+        lambda: plain_step(part, data, objective, 1e-3, 64 if rows > IMAGES else IMAGES),
+    )
+    return {
+        "private": private,
+        "plain": plain,
+        "patients": data.patients,
+        "parameters": sum(t.numel() for t in part.shared().values()),
+    }
+
+
+def stock_opacus(ref: str) -> dict[str, Any]:
+    """What one would write without clinifed: Opacus' PrivacyEngine on the whole tower, a gradient per image."""
+    from opacus import PrivacyEngine
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from clinifed.models.backbone import load_backbone
+
+    backbone = load_backbone(ref)
+    tower = torch.nn.Sequential(backbone.model.visual.requires_grad_(True), torch.nn.Linear(512, 2)).train()
+    loader = DataLoader(TensorDataset(torch.randn(IMAGES, 3, 224, 224), torch.randint(0, 2, (IMAGES,))), IMAGES)
+    module, optimizer, loader = PrivacyEngine(accountant="rdp").make_private(
+        module=tower,
+        optimizer=torch.optim.SGD(tower.parameters(), lr=1e-3),
+        data_loader=loader,
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        poisson_sampling=False,
+    )
+    taken = []
+    for turn in range(4):
+        began = time.perf_counter()
+        for pixels, label in loader:
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(module(pixels), label).backward()
+            optimizer.step()
+        if turn:
+            taken.append(time.perf_counter() - began)
+    return {"private": taken, "patients": IMAGES, "parameters": sum(p.numel() for p in tower.parameters())}
+
+
+def measured(mode: str, ref: str) -> dict[str, Any]:
+    """The figures of ``mode``, from a process of its own."""
+    command = [sys.executable, __file__, "--mode", mode, "--base", ref]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def report(found: dict[str, dict[str, Any]]) -> None:
+    entries, lines = [], ["| step at real size | ratio | here | peak memory | parameters |", "|---|---|---|---|---|"]
+    for mode in MODES[:-1]:
+        figures = found[mode]
+        ratios = [a / b for a, b in zip(figures["private"], figures["plain"], strict=True)]
+        a, b = statistics.median(figures["private"]), statistics.median(figures["plain"])
+        name = f"dp_step_{mode}"
+        ratio = statistics.median(ratios)
+        entries.append(Entry(name, ratio, a, b, "s, DP step over plain step", max(ratios) - min(ratios)))
+        goal = f" (goal ≤ {LIMITS[name]})" if name in LIMITS else ""
+        lines.append(
+            f"| `{name}`{goal} | {ratio:.2f} | {a:.3f} s over {b:.3f} s, {figures['patients']} patients "
+            f"| {figures['peak']:.2f} GB | {figures['parameters']:,} |"
+        )
+    stock = found["stock"]
+    rates = {mode: [found[mode]["patients"] / t for t in found[mode]["private"]] for mode in MODES}
+    for mode, goal in (("lora", "≥ 2.5"), ("heads", "≥ 100")):
+        ours, theirs = statistics.median(rates[mode]), statistics.median(rates["stock"])
+        ends = [min(rates[mode]) / max(rates["stock"]), max(rates[mode]) / min(rates["stock"])]
+        unit = "patients/s, DP step over stock Opacus on the full tower"
+        entries.append(Entry(f"{mode}_vs_opacus_full", ours / theirs, ours, theirs, unit, ends[1] - ends[0]))
+        lines.append(
+            f"| `{mode}_vs_opacus_full` (goal {goal}) | {ours / theirs:.1f} | {ours:.2f} over {theirs:.2f} patients/s "
+            f"| {stock['peak']:.2f} GB (stock) | {stock['parameters']:,} (stock) |"
+        )
+    record(entries)
+    write_section("Private steps at real size", lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mode", choices=MODES, help="measure this one, here, and print it as JSON")
+    parser.add_argument("--base", help="reference of a base model; default: one of real size is made")
+    options = parser.parse_args()
+    if options.mode:
+        figures = stock_opacus(options.base) if options.mode == "stock" else our_step(options.mode, options.base)
+        print(json.dumps({**figures, "peak": peak_gb()}))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        if options.base is None:
+            from real_size import make_base
+
+            options.base = make_base(Path(folder) / "base")
+        report({mode: measured(mode, options.base) for mode in MODES})
+
+
+if __name__ == "__main__":
+    main()
