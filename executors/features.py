@@ -88,6 +88,8 @@ def patient_tensors(
     shards = None if cache is None else Shards(cache, _space(model, backbone))
     contents = [None if shards is None else _content(manifest, record) for record in records]
 
+    device, shape = next(model.parameters()).device, model.part.trunk.shape
+
     def encode(numbers: Sequence[int], seen: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
         from clinifed.data.transforms import augment  # MONAI takes seconds to import: only where images are read
 
@@ -97,8 +99,8 @@ def patient_tensors(
             skipped.update(batch.skipped)
             if batch.records:
                 with torch.no_grad():  # not inference mode: the trainable part differentiates through these
-                    rows = [model.features(augment(batch.pixels, view)) for view in seen]
-                yield [position[r.image] for r in batch.records], torch.stack(rows, dim=1)
+                    rows = [model.features(augment(batch.pixels, view).to(device)).cpu() for view in seen]
+                yield [position[r.image] for r in batch.records], torch.stack(rows, dim=1).flatten(2)
 
     embedded = embed_images(contents, views, encode, shards)
     log.info("features: %d rows kept from earlier, %d computed", embedded.found, embedded.computed)
@@ -113,7 +115,7 @@ def patient_tensors(
     # Dense numbers: patients all of whose images were unreadable are gone. Rows are already sorted by patient.
     dense: dict[str, int] = {}
     return PatientTensors(
-        features=embedded.features,
+        features=embedded.features.unflatten(1, shape) if shape else embedded.features,
         patient=torch.tensor([dense.setdefault(r.patient, len(dense)) for r in rows]),
         specialty=torch.tensor([names.index(r.specialty) for r in rows]),
         label=torch.tensor([encoded[i] for i in embedded.images]),

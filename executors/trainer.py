@@ -18,8 +18,9 @@ from clinifed.models.adapters import GlobalModel, TrainablePart, build_trainable
 from clinifed.models.backbone import Backbone, load_backbone
 from clinifed.models.state import apply_delta
 from clinifed.policy import SitePolicy
-from clinifed.privacy.engine import Mechanism, PatientTensors, plain_step, private_step, pull_towards
+from clinifed.privacy.engine import Mechanism, PatientTensors, mean_loss, plain_step, private_step, pull_towards
 from clinifed.privacy.objectives import label_counts, resolve_objective
+from clinifed.privacy.patients import rows_per_batch
 from clinifed.privacy.self_test import self_test
 
 __all__ = ["SiteTrainer", "local_steps"]
@@ -41,13 +42,13 @@ def local_steps(
         start: the zero-shot parameters, towards which ``training.pull`` draws after each step. It sees no data.
     """
     promise, training = contract.promise, contract.training
-    objective = resolve_objective(promise.objective)
+    objective, batch_size = resolve_objective(promise.objective), rows_per_batch(data, training.batch_size)
     for _ in range(steps):
         if promise.mode == "off":
-            plain_step(part, data, objective, training.learning_rate, training.batch_size)
+            plain_step(part, data, objective, training.learning_rate, batch_size)
         else:
             mechanism = Mechanism(promise.noise_multiplier, promise.max_grad_norm, nominal_patients)
-            private_step(part, data, objective, mechanism, training.learning_rate, training.batch_size)
+            private_step(part, data, objective, mechanism, training.learning_rate, batch_size)
         if training.pull:
             pull_towards(part, start, training.pull)
 
@@ -92,7 +93,7 @@ class SiteTrainer:
         self.objective = resolve_objective(contract.promise.objective)
         self.part = build_trainable(backbone, mine, training)
         self.start = self.part.shared()
-        model = GlobalModel(backbone, self.part).eval()
+        model = GlobalModel(backbone, self.part).eval().to("cuda" if torch.cuda.is_available() else "cpu")
         self.data = patient_tensors(
             model,
             backbone,
@@ -151,6 +152,5 @@ class SiteTrainer:
                     for index, name in enumerate(names)
                 }
             elif what == "train_loss":
-                losses = self.objective(self.part(data.features), data.specialty, data.label)
-                figures[what] = float(losses.mean())
+                figures[what] = mean_loss(self.part, data, self.objective, self.contract.training.batch_size)
         return figures

@@ -41,8 +41,8 @@ class TrainablePart(nn.Module):
         return {name: head(embedding) for name, head in self.heads.items()}
 
     def shared(self) -> dict[str, Tensor]:
-        """Copies of all parameters that train, by their shared names."""
-        return {name: p.detach().clone() for name, p in self.named_parameters() if p.requires_grad}
+        """Copies of all parameters that train, by their shared names, in the CPU's memory."""
+        return {name: p.detach().to("cpu", copy=True) for name, p in self.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def load_shared(self, state: Mapping[str, Tensor]) -> None:

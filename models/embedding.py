@@ -21,6 +21,7 @@ __all__ = ["SHARD_ROWS", "Embedded", "Encode", "embed_images"]
 log = logging.getLogger(__name__)
 
 SHARD_ROWS = 256  # rows computed before they are kept: what an interruption can lose
+_SHARD_NUMBERS = 1 << 24  # the same in numbers, 64 MB: where an image is many tokens, rows are long
 
 # (numbers of images, views) → (number of the image of each row, (N, V, F) float32), batch by batch. The frames of an
 # image are neighbours, and in one batch.
@@ -182,7 +183,7 @@ class _Keeper:
     def keep(self, name: bytes, rows: Tensor) -> None:
         self._names += [name] * len(rows)
         self._rows.append(rows)
-        if len(self._names) >= SHARD_ROWS:
+        if len(self._names) >= min(SHARD_ROWS, 1 + _SHARD_NUMBERS // rows.shape[1]):
             self.close()
 
     def close(self) -> None:

@@ -25,6 +25,7 @@ class Trunk(nn.Module):
     """Features → L2-normalised embedding (B, D). This one trains nothing: its features are the embedding."""
 
     cut = "embedding"  # where the tower is cut: part of the name under which features are kept
+    shape: tuple[int, ...] = ()  # of the features of one image, where they are more than one row of numbers
     checkpointing = False
 
     def frozen(self, visual: Any, pixels: Tensor) -> Tensor:
@@ -77,6 +78,7 @@ class Tail(Trunk):
         super().__init__()
         self.first, self.checkpointing, self.bf16 = first, checkpointing, bf16
         self.cut = f"block {first}"
+        self.shape = (visual.trunk.patch_embed.num_patches + visual.trunk.num_prefix_tokens, visual.trunk.embed_dim)
         blocks = {str(i): _sharing(block) for i, block in enumerate(visual.trunk.blocks) if i >= first}
         self.blocks = nn.ModuleDict(blocks)
         self.after = _After(visual)
@@ -154,10 +156,22 @@ def _low_rank(backbone: Backbone, training: Training) -> Trunk:
 
 def _last_blocks(backbone: Backbone, training: Training) -> Trunk:
     tail = _tail(backbone, len(backbone.model.visual.trunk.blocks) - training.blocks, training)
-    for parameter_owner in tail.blocks.modules():
-        for name, parameter in list(parameter_owner.named_parameters(recurse=False)):
-            setattr(parameter_owner, name, nn.Parameter(parameter.detach().clone()))
+    _set_free(tail.blocks)
     return tail
+
+
+def _set_free(module: nn.Module) -> None:
+    """Let everything below ``module`` train, in copies of its own."""
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.LayerNorm) and type(child) is not nn.LayerNorm:
+            # timm's own kind computes the same; Opacus knows torch's.
+            plain = nn.LayerNorm(child.normalized_shape, child.eps)
+            plain.load_state_dict(child.state_dict())
+            setattr(module, name, plain)
+            continue
+        for own, parameter in list(child.named_parameters(recurse=False)):
+            setattr(child, own, nn.Parameter(parameter.detach().clone()))
+        _set_free(child)
 
 
 # training.train → the trunk at its start, which computes what the base model does

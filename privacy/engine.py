@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from clinifed.errors import DataError, PrivacyError
 from clinifed.privacy.noise import NoiseSource, to_grid
 from clinifed.privacy.objectives import Objective
-from clinifed.privacy.patient_gradients import PatientGradient, PatientGradients
-from clinifed.privacy.patients import Mechanism, PatientTensors, physical_batches
+from clinifed.privacy.patient_gradients import Groups, PatientGradient, PatientGradients
+from clinifed.privacy.patients import Mechanism, PatientTensors, physical_batches, rows_per_batch
 from clinifed.privacy.soundness import refuse_other_data, refuse_unsound
 
 __all__ = [
     "Mechanism",
     "PatientDPOptimizer",
     "PatientTensors",
+    "mean_loss",
     "physical_batches",
     "plain_step",
     "private_step",
@@ -118,18 +119,17 @@ def private_step(
     before = {name: t.detach().clone() for name, t in (*trained.items(), *module.named_buffers())}
     optimizer = PatientDPOptimizer(torch.optim.SGD(trained.values(), lr=learning_rate), mechanism)
     module.train()  # Opacus records activations in training mode only
+    device = next(iter(trained.values())).device
+    checkpointing = _checkpointing(module)
     hooks = PatientGradients(module)
     try:
         batches = list(physical_batches(data.patient, batch_size))
         if not batches:
             raise DataError("no patients: a site without any has nothing to train on")
         for index, rows in enumerate(batches):
-            hooks.groups = data.patient[rows] - data.patient[rows.start]
-            # Opacus' backward hooks want an input that takes part in the graph; with it as the only one that is asked
-            # for, autograd does not add up the gradients of the parameters, which nobody needs.
-            features = data.features[rows].detach().requires_grad_()
-            losses = objective(module(features), data.specialty[rows], data.label[rows])
-            losses.sum().backward(inputs=[features])
+            hooks.groups = Groups((data.patient[rows] - data.patient[rows.start]).to(device))
+            losses = _losses(module, data, objective, rows, device, checkpointing)
+            hooks.backward(losses, checkpointing=checkpointing)
             optimizer.gradients = hooks.take(trained)
             optimizer.signal_skip_step(index < len(batches) - 1)
             optimizer.step()
@@ -146,6 +146,30 @@ def private_step(
         raise PrivacyError(
             f"{', '.join(changed)}: a buffer changed while patients passed through, and no noise covers it; remove it"
         )
+
+
+def _checkpointing(module: nn.Module) -> bool:
+    """Whether a part of ``module`` is computed again in the backward pass; it says so in an attribute."""
+    return any(getattr(m, "checkpointing", False) for m in module.modules())
+
+
+def _losses(
+    module: nn.Module, data: PatientTensors, objective: Objective, rows: slice, device: torch.device, graph: bool
+) -> Tensor:
+    """The losses (B,) of ``rows``; with ``graph`` their features take part in it, as checkpoints need it."""
+    features = data.features[rows].detach().to(device).requires_grad_(graph)
+    return objective(module(features), data.specialty[rows].to(device), data.label[rows].to(device))
+
+
+@torch.no_grad()
+def mean_loss(module: nn.Module, data: PatientTensors, objective: Objective, batch_size: int) -> float:
+    """The mean loss over all images, without noise: what may leave a site only where its policy declares it."""
+    device = next(module.parameters()).device
+    parts = [
+        _losses(module, data, objective, rows, device, False)
+        for rows in physical_batches(data.patient, rows_per_batch(data, batch_size))
+    ]
+    return float(torch.cat(parts).mean())
 
 
 def pull_towards(module: nn.Module, start: Mapping[str, Tensor], strength: float) -> None:
@@ -180,11 +204,13 @@ def plain_step(
         raise DataError("no patients: a site without any has nothing to train on")
     images = torch.bincount(data.patient)
     weight = 1.0 / (images[data.patient] * data.patients)  # (R,)
-    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=learning_rate)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    checkpointing = _checkpointing(module)
+    optimizer = torch.optim.SGD(trained, lr=learning_rate)
     optimizer.zero_grad()  # or the last step's gradient would count again
     for rows in physical_batches(data.patient, batch_size):
-        losses = objective(module(data.features[rows]), data.specialty[rows], data.label[rows])
-        loss = (losses * weight[rows]).sum()
+        losses = _losses(module, data, objective, rows, trained[0].device, checkpointing)
+        loss = (losses * weight[rows].to(losses.device)).sum()
         if not torch.isfinite(loss):
             raise DataError(f"the loss is {loss.item()}: lower training.learning_rate, or look at the images")
         loss.backward()

@@ -51,7 +51,7 @@ def _own_head(
     logits: Mapping[str, Tensor], specialty: Tensor, label: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
     """``loss`` (logits (B, K), label (B,)) → (B,) of each image on the head of its own specialty."""
-    total = torch.zeros(len(label))
+    total = torch.zeros(len(label), device=label.device)
     for index, name in enumerate(sorted(logits)):
         mine = specialty == index
         # Rows of other specialties are computed and multiplied by zero: Opacus needs one gradient row per image.
@@ -169,7 +169,7 @@ def encode_labels(objective: Objective, labels: Sequence[str], text: str) -> int
 
 def label_matrix(label: Tensor, count: int) -> Tensor:
     """Bit sets (B,) int64 → (B, ``count``) bool: whether label k holds."""
-    return (label.unsqueeze(1) >> torch.arange(count)) & 1 == 1
+    return (label.unsqueeze(1) >> torch.arange(count, device=label.device)) & 1 == 1
 
 
 def label_counts(objective: Objective, label: Tensor, count: int) -> list[int]:

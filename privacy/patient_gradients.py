@@ -8,8 +8,9 @@ a patient's mean needs the products between the patient's images as well, which 
 is a sequence of tokens, the gradient of a patient is formed, by one product over all tokens of all its images.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,7 +19,55 @@ from torch import Tensor, nn
 
 from clinifed.errors import PrivacyError
 
-__all__ = ["Formed", "Outer", "PatientGradient", "PatientGradients"]
+__all__ = ["Formed", "Groups", "Outer", "PatientGradient", "PatientGradients", "Sent"]
+
+_SURE = 0.1  # of what was added up; a float32 sum that is left with less is made anew in float64
+
+
+class Groups:
+    """Which rows of a physical batch are whose.
+
+    Args:
+        patient: (R,) int64, the patient of each row, 0 … P-1, non-decreasing.
+    """
+
+    def __init__(self, patient: Tensor) -> None:
+        self.patient = patient
+        self.images = torch.bincount(patient)  # (P,)
+
+    @cached_property
+    def by_size(self) -> list[tuple[Tensor, Tensor]]:
+        """(numbers of the patients (P',), rows of their images (P', m)), for each number m of images that occurs."""
+        first = torch.cumsum(self.images, dim=0) - self.images
+        found = []
+        for images in torch.unique(self.images).tolist():
+            patients = torch.nonzero(self.images == images).flatten()
+            found.append((patients, first[patients].unsqueeze(1) + torch.arange(images, device=patients.device)))
+        return found
+
+    def mean(self, rows: Tensor) -> Tensor:
+        """Rows (R, N) → their mean over each patient (P, N), float32."""
+        total = rows.new_zeros(len(self.images), rows.shape[1], dtype=torch.float32)
+        return total.index_add_(0, self.patient, rows.float()).div_(self.images.unsqueeze(1))
+
+
+class Sent:
+    """What each image sends into a layer, (R, in), and the products between the images of a patient.
+
+    All heads are sent the same, so that they share the products.
+    """
+
+    def __init__(self, rows: Tensor, groups: Groups) -> None:
+        self.rows, self.groups = rows.float(), groups
+
+    @cached_property
+    def products(self) -> list[Tensor]:
+        """(P', m, m) for each number m of images: aᵢ·aⱼ."""
+        return [_products(self.rows[rows]) for _, rows in self.groups.by_size]
+
+
+def _products(rows: Tensor) -> Tensor:
+    return rows @ rows.mT
 
 
 @dataclass(frozen=True)
@@ -44,27 +93,28 @@ class Outer:
     """The gradients of P patients for the weight of a linear layer: means of outer products, none of them formed."""
 
     backprops: Tensor  # (R, out) float32: what the loss sends back to each image
-    activations: Tensor  # (R, in) float32: what each image sent in
-    groups: Tensor  # (R,) int64: the patient of each image, 0 … P-1, non-decreasing
+    sent: Sent  # (R, in): what each image sent in
 
     def squared_norms(self) -> Tensor:
-        """(P,) float32; of a patient of m images, Σᵢⱼ (gᵢ·gⱼ)(aᵢ·aⱼ) / m², in float64 where terms may cancel."""
-        norms = self.backprops.new_empty(int(self.groups[-1]) + 1)
-        for patients, rows in _by_size(self.groups):
-            sent, back = self.activations[rows], self.backprops[rows]  # (P', m, in), (P', m, out)
-            images = rows.shape[1]
-            if images == 1:
-                norms[patients] = (sent.square().sum(dim=2) * back.square().sum(dim=2)).squeeze(1)
-                continue
-            sent, back = sent.double(), back.double()
-            products = (sent @ sent.mT) * (back @ back.mT)
-            norms[patients] = (products.sum(dim=(1, 2)).clamp(min=0) / images**2).float()
+        """(P,) float32; of a patient of m images, Σᵢⱼ (gᵢ·gⱼ)(aᵢ·aⱼ) / m², accurate also where terms cancel."""
+        groups = self.sent.groups
+        norms = self.backprops.new_empty(len(groups.images))
+        for (patients, rows), sent in zip(groups.by_size, self.sent.products, strict=True):
+            terms = _products(self.backprops[rows]) * sent
+            total = terms.sum(dim=(1, 2))
+            unsure = total < _SURE * terms.abs().sum(dim=(1, 2))
+            if bool(unsure.any()):
+                again = rows[unsure]
+                exact = _products(self.backprops[again].double()) * _products(self.sent.rows[again].double())
+                total[unsure] = exact.sum(dim=(1, 2)).clamp(min=0).float()
+            norms[patients] = total / rows.shape[1] ** 2
         return norms
 
     def clipped_sum(self, factor: Tensor) -> Tensor:
         """As :meth:`Formed.clipped_sum`, (out, in), by one product over all images."""
-        weight = (factor / torch.bincount(self.groups))[self.groups].unsqueeze(1)  # (R, 1)
-        back, sent = self.backprops, self.activations
+        groups = self.sent.groups
+        weight = (factor / groups.images)[groups.patient].unsqueeze(1)  # (R, 1)
+        back, sent = self.backprops, self.sent.rows
         if not bool(factor.all()):
             back, sent = torch.where(weight > 0, back, 0.0), torch.where(weight > 0, sent, 0.0)
         return (weight * back).T @ sent
@@ -76,59 +126,83 @@ PatientGradient = Formed | Outer
 class PatientGradients(GradSampleHooks):
     """Opacus' hooks on a module, which leave a gradient per patient instead of one per image.
 
-    Set :attr:`groups` before each backward pass, and call :meth:`take` after it.
+    Set :attr:`groups` before each pass, then call :meth:`backward` with its losses, and :meth:`take` after it. Which
+    modules are watched, and how the ones that are not linear make their gradients, is Opacus'.
 
     Guarantees:
         - What :meth:`take` returns for a patient is the mean over the patient's images of Opacus' gradient per image.
         - A parameter that took part in another way than once for each image is refused.
     """
 
-    groups: Tensor  # (R,) int64, the patient of each row of the current physical batch, counted from 0
+    groups: Groups  # of the current physical batch
 
     def __init__(self, module: nn.Module) -> None:
         self._found: dict[Tensor, PatientGradient] = {}
         self._wrong: dict[Tensor, str] = {}
+        self._outputs: list[Tensor] = []
+        self._sent: dict[int, Sent] = {}  # by where it lies in memory
         super().__init__(module, loss_reduction="sum")
 
+    def add_hooks(self, **_options: Any) -> None:
+        """Watch every module that trains: what goes in on the way forward, what comes to its output on the way back."""
+        watched = self.iterate_submodules(self._module)
+        self.autograd_grad_sample_hooks = [module.register_forward_hook(self._passed) for module in watched]
+        self._module.autograd_grad_sample_hooks = self.autograd_grad_sample_hooks
+        self.enable_hooks()
+
+    def backward(self, losses: Tensor, *, checkpointing: bool = False) -> None:
+        """The pass back from ``losses`` (R,), one for each row.
+
+        Args:
+            checkpointing: some modules are computed again, so that their outputs are not in this graph.
+        """
+        outputs, self._outputs = self._outputs, []
+        if checkpointing:
+            losses.sum().backward()
+        elif outputs:
+            # What autograd would add up for the parameters over the whole batch is not asked for: nobody needs it.
+            torch.autograd.grad(losses.sum(), outputs, allow_unused=True)
+
     def take(self, trained: Mapping[str, nn.Parameter]) -> list[PatientGradient]:
-        """The gradients of the last backward pass, in the order of ``trained``; the next pass begins anew.
+        """The gradients of the last pass, in the order of ``trained``; the next pass begins anew.
 
         Raises:
             PrivacyError: a parameter has none, or was used more than once; all of them at once.
         """
         found, wrong = self._found, self._wrong
-        self._found, self._wrong = {}, {}
-        missing = {p: "no gradient per image; it does not take part in the loss" for p in trained.values()}
-        wrong = {p: wrong.get(p) or missing[p] for p in trained.values() if p in wrong or p not in found}
+        self._found, self._wrong, self._sent = {}, {}, {}
+        for parameter in trained.values():
+            if parameter not in found:
+                wrong.setdefault(parameter, "no gradient per image; it does not take part in the loss")
         if wrong:
             raise PrivacyError(*(f"{name}: {wrong[p]}, so freeze it" for name, p in trained.items() if p in wrong))
         return [found[parameter] for parameter in trained.values()]
 
-    def capture_backprops_hook(
-        self, module: nn.Module, _forward_input: Any, forward_output: Any, loss_reduction: str, batch_first: bool
-    ) -> None:
-        """Called by torch when the gradient of ``module``'s output is there."""
-        if not self.hooks_enabled:
+    def _passed(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Called by torch after ``module`` has computed ``output`` (R, …) of its one input."""
+        if not (self.hooks_enabled and torch.is_grad_enabled() and output.requires_grad):
             return
-        activations, backprops = self.rearrange_grad_samples(
-            module=module, backprops=forward_output[0].detach(), loss_reduction=loss_reduction, batch_first=batch_first
-        )
+        sent = inputs[0].detach()
+        output.register_hook(lambda back: self._returned(module, sent, back.detach()))
+        self._outputs.append(output)
+
+    def _returned(self, module: nn.Module, sent: Tensor, back: Tensor) -> None:
+        """Called by torch when ``back``, the gradient of the losses with respect to ``module``'s output, is there."""
         if type(module) is nn.Linear:
-            self._linear(module, activations[0], backprops)
-        else:
-            sampler: Callable[..., Mapping[nn.Parameter, Tensor]] = self.GRAD_SAMPLERS[type(module)]
-            for parameter, rows in sampler(module, activations, backprops).items():
-                if self._once(parameter, len(rows)):
-                    self._found[parameter] = self._mean(rows)
-        if not module.activations:
-            del module.max_batch_len
+            self._linear(module, sent, back)
+            return
+        sampler: Callable[..., Mapping[nn.Parameter, Tensor]] = self.GRAD_SAMPLERS[type(module)]
+        for parameter, rows in sampler(module, [sent], back).items():
+            if self._once(parameter, len(rows)):
+                self._found[parameter] = self._mean(rows)
 
     def _linear(self, module: nn.Linear, sent: Tensor, back: Tensor) -> None:
         weight: Tensor = module.weight
         bias: Tensor | None = module.bias
         if weight.requires_grad and self._once(weight, len(sent)):
             if back.dim() == 2:
-                self._found[weight] = Outer(back.float(), sent.float(), self.groups)
+                shared = self._sent.setdefault(sent.data_ptr(), Sent(sent, self.groups))
+                self._found[weight] = Outer(back.float(), shared)
             else:
                 self._found[weight] = self._formed(sent.flatten(1, -2), back.flatten(1, -2))
         if bias is not None and bias.requires_grad and self._once(bias, len(sent)):
@@ -136,8 +210,8 @@ class PatientGradients(GradSampleHooks):
 
     def _once(self, parameter: Tensor, gradients: int) -> bool:
         """Whether ``parameter`` takes part for the first time in this pass, with one gradient for each image."""
-        if gradients != len(self.groups):
-            counts = f"{gradients} gradients for {len(self.groups)} images"
+        if gradients != (images := len(self.groups.patient)):
+            counts = f"{gradients} gradients for {images} images"
             self._wrong[parameter] = f"{counts}; it is used in a way that has no gradient per image"
         elif parameter in self._found:
             self._wrong[parameter] = "used more than once in one pass, so that its gradients per image do not add up"
@@ -145,26 +219,13 @@ class PatientGradients(GradSampleHooks):
 
     def _formed(self, sent: Tensor, back: Tensor) -> Formed:
         """Of tokens (R, T, in) and what comes back to them (R, T, out): one product per patient."""
-        means = torch.empty(int(self.groups[-1]) + 1, back.shape[-1], sent.shape[-1], device=back.device)
-        for patients, rows in _by_size(self.groups):
+        means = back.new_empty(len(self.groups.images), back.shape[-1], sent.shape[-1], dtype=torch.float32)
+        for patients, rows in self.groups.by_size:
             tokens = rows.shape[1] * sent.shape[1]
-            a = sent[rows].reshape(len(rows), tokens, -1)
-            g = back[rows].reshape(len(rows), tokens, -1)
+            a = sent[rows].view(len(rows), tokens, -1)
+            g = back[rows].view(len(rows), tokens, -1)
             means[patients] = (g.mT @ a.to(g.dtype)).float() / rows.shape[1]
         return Formed(means)
 
     def _mean(self, rows: Tensor) -> Formed:
-        """Rows (R, *shape) → their means over each patient."""
-        count = torch.bincount(self.groups)
-        flat = rows.flatten(1).float()
-        total = flat.new_zeros(len(count), flat.shape[1]).index_add_(0, self.groups, flat)
-        return Formed(total.div_(count.unsqueeze(1)).view(-1, *rows.shape[1:]))
-
-
-def _by_size(groups: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """(numbers of the patients (P',), rows of their images (P', m)), for each number m of images that occurs."""
-    count = torch.bincount(groups)
-    first = torch.cumsum(count, dim=0) - count
-    for images in torch.unique(count).tolist():
-        patients = torch.nonzero(count == images).flatten()
-        yield patients, first[patients].unsqueeze(1) + torch.arange(images, device=groups.device)
+        return Formed(self.groups.mean(rows.flatten(1)).view(-1, *rows.shape[1:]))

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from clinifed.errors import PrivacyError
 
-__all__ = ["Mechanism", "PatientTensors", "physical_batches"]
+__all__ = ["Mechanism", "PatientTensors", "physical_batches", "rows_per_batch"]
+
+_FLAT_ROWS = 4096  # of features that are one row per image: 8 MB at BiomedCLIP's 512 numbers
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,14 @@ class Mechanism:
         ]
         if problems:
             raise PrivacyError(*problems)
+
+
+def rows_per_batch(data: PatientTensors, batch_size: int) -> int:
+    """Images in a physical batch of a step: ``batch_size``, or more where an image is one short row of features.
+
+    ``batch_size`` is what the tower can take at a time; a step over kept features needs little memory for each.
+    """
+    return max(batch_size, _FLAT_ROWS) if data.features.dim() == 2 else batch_size
 
 
 def physical_batches(patient: Tensor, batch_size: int) -> Iterator[slice]:

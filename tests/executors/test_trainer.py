@@ -36,12 +36,21 @@ def test_an_update_passes_the_servers_checks_and_carries_nothing_else(contract, 
     assert all(value.any() for value in update.params.values())
 
 
-def test_the_projection_trains_with_the_heads_and_is_shared(federation, backbone, train):
-    training = federation.training.model_copy(update={"train": "projection"})
+@pytest.mark.parametrize(
+    ("trunk", "shared"),
+    [
+        ("projection", "trunk.projection.weight"),
+        ("lora", "trunk.blocks.0.attn.qkv.up.weight"),
+        ("blocks", "trunk.blocks.5.mlp.fc1.weight"),
+    ],
+)
+def test_the_trunk_trains_with_the_heads_and_is_shared(federation, backbone, train, trunk, shared):
+    training = federation.training.model_copy(update={"train": trunk})
     agreed = build_contract(federation.model_copy(update={"training": training}), backbone)
     update = train(agreed).train(0, zeros(agreed))
     check_update(update, agreed, 0, False, JOB)
-    assert update.params["trunk.projection.weight"].any()
+    assert update.params[shared].any()
+    assert update.params.keys() == agreed.shapes.keys()
 
 
 @pytest.mark.parametrize("name", ["multi-label-bce", "siglip-public-negatives"])

@@ -19,7 +19,7 @@ from clinifed.privacy.audit_one_run import epsilon_lower_bound, epsilon_proved, 
 from clinifed.privacy.engine import Mechanism, PatientDPOptimizer
 from clinifed.privacy.noise import NoiseSource
 from clinifed.privacy.objectives import OBJECTIVES
-from clinifed.privacy.patient_gradients import PatientGradients
+from clinifed.privacy.patient_gradients import Groups, PatientGradients
 from clinifed.privacy.self_test import self_test
 
 DELTA, RELEASES, SEEDS = 1e-5, 50, range(5)
@@ -115,7 +115,10 @@ class TestNeighbours:
         class ByImage(PatientGradients):
             """As Opacus itself would: every image is taken for a patient."""
 
-            groups = property(lambda self: self.images, lambda self, of: setattr(self, "images", torch.arange(len(of))))
+            groups = property(
+                lambda self: self.images,
+                lambda self, of: setattr(self, "images", Groups(torch.arange(len(of.patient)))),
+            )
 
         monkeypatch.setattr(engine, "PatientGradients", ByImage)
         result = neighbour_audit(OBJECTIVES["cross-entropy"], patients=(16,), images=(1, 20))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from clinifed.errors import PrivacyError
-from clinifed.privacy.patient_gradients import Outer, PatientGradients
+from clinifed.privacy.patient_gradients import Groups, Outer, PatientGradients, Sent
 
 SIZES = [1, 3, 1, 2, 3, 1]
 GROUPS = torch.repeat_interleave(torch.arange(len(SIZES)), torch.tensor(SIZES))
@@ -47,9 +47,8 @@ def one_by_one(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
 
 def by_hooks(module: nn.Module, x: torch.Tensor):
     hooks = PatientGradients(module.train())
-    hooks.groups = GROUPS
-    x = x.clone().requires_grad_()
-    loss(module, x).sum().backward(inputs=[x])
+    hooks.groups = Groups(GROUPS)
+    hooks.backward(loss(module, x))
     hooks.cleanup()
     return hooks.take(dict(module.named_parameters()))
 
@@ -87,8 +86,9 @@ def test_the_norm_of_images_that_cancel_is_not_above_what_is_left():
     """Two images whose gradients are nearly opposite: what remains is far below either of them."""
     back = torch.randn(1, 40, generator=torch.Generator().manual_seed(3))
     sent = torch.randn(1, 50, generator=torch.Generator().manual_seed(4))
-    gradient = Outer(torch.cat([back, -back * (1 + 1e-3)]), torch.cat([sent, sent]), torch.zeros(2).long())
-    formed = (gradient.backprops.double().T @ gradient.activations.double() / 2).norm() ** 2
+    images = Sent(torch.cat([sent, sent]), Groups(torch.zeros(2).long()))
+    gradient = Outer(torch.cat([back, -back * (1 + 1e-3)]), images)
+    formed = (gradient.backprops.double().T @ images.rows.double() / 2).norm() ** 2
     assert gradient.squared_norms().item() == pytest.approx(formed.item(), rel=1e-5)
 
 
