@@ -5,6 +5,7 @@ runs in a process of its own, so that its peak memory is its own; both sides of 
 """
 
 import argparse
+import gc
 import json
 import resource
 import statistics
@@ -19,17 +20,18 @@ from typing import Any
 import torch
 from results import Entry, record, write_section
 
-IMAGES = 4  # in a physical batch, one for each patient
-PAIRS = 7  # of steps, in turns, after one to warm up
-CACHED = 1000  # images of a site whose features are kept, two for each of 500 patients
+IMAGES = 4  # in a physical batch of the tower
+PATIENTS = {"heads": 500, "projection": 500, "lora": 32, "blocks": 128}  # with two images where features are one row
+PAIRS = {"heads": 51, "projection": 21, "lora": 3, "blocks": 3}  # of steps, in turns, after one to warm up
+TOKENS = (197, 768)  # of one image at the cut
 MODES = ("heads", "projection", "lora", "blocks", "stock")
 LIMITS = {"dp_step_lora": 1.1, "dp_step_blocks": 1.2, "dp_step_heads": 2.0}
 
 
-def in_turns(one: Callable[[], object], other: Callable[[], object]) -> tuple[list[float], list[float]]:
+def in_turns(one: Callable[[], object], other: Callable[[], object], pairs: int) -> tuple[list[float], list[float]]:
     """Seconds of each, one after the other, so that what else the machine does falls on both."""
     taken: tuple[list[float], list[float]] = ([], [])
-    for pair in range(PAIRS + 1):
+    for pair in range(pairs + 1):
         for run, times in zip((one, other), taken, strict=True):
             began = time.perf_counter()
             run()
@@ -46,30 +48,32 @@ def peak_gb() -> float:
 def our_step(mode: str, ref: str) -> dict[str, Any]:
     """A step of ``mode`` with and without privacy, on drawn features of the shape that this mode reads."""
     from clinifed.config import Training
-    from clinifed.models.adapters import GlobalModel, build_trainable
+    from clinifed.models.adapters import build_trainable
     from clinifed.models.backbone import load_backbone
     from clinifed.models.specialties import SPECIALTIES
     from clinifed.privacy.engine import Mechanism, PatientTensors, plain_step, private_step
     from clinifed.privacy.objectives import OBJECTIVES
+    from clinifed.privacy.patients import rows_per_batch
 
     backbone = load_backbone(ref)
     specialties = {name: SPECIALTIES[name] for name in ("dermatology", "radiology")}
     part = build_trainable(backbone, specialties, Training(train=mode, blocks=2))
-    model = GlobalModel(backbone, part).eval()
-    backbone.model.text = None  # its prompts are in the heads now
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        features = model.features(torch.randn(IMAGES, 3, 224, 224, generator=generator))
-    if features.dim() == 2:  # kept features are small: a site's step takes all of its images
-        features = torch.nn.functional.normalize(torch.randn(CACHED, features.shape[1], generator=generator), dim=-1)
-    rows = len(features)
-    patient = torch.arange(rows) if rows == IMAGES else torch.arange(rows // 2).repeat_interleave(2)
-    specialty, label = patient % 2, torch.randint(0, 2, (rows,), generator=generator)
-    data = PatientTensors(features, patient, specialty, label)
+    del backbone  # what trains holds what it needs of the tower; the prompts are in the heads
+    gc.collect()
+    generator, flat = torch.Generator().manual_seed(0), mode in ("heads", "projection")
+    patient = torch.arange(PATIENTS[mode]).repeat_interleave(2 if flat else 1)
+    shape = (512,) if mode == "heads" else (768,) if flat else TOKENS
+    features = torch.randn(len(patient), *shape, generator=generator)
+    if mode == "heads":
+        features = torch.nn.functional.normalize(features, dim=-1)
+    label = torch.randint(0, 2, (len(patient),), generator=generator)
+    data = PatientTensors(features, patient, patient % 2, label)
     objective, mechanism = OBJECTIVES["cross-entropy"], Mechanism(1.0, 1.0, data.patients)
+    rows = rows_per_batch(data, IMAGES)
     private, plain = in_turns(
-        lambda: private_step(part, data, objective, mechanism, 1e-3, 64 if rows > IMAGES else IMAGES),
-        lambda: plain_step(part, data, objective, 1e-3, 64 if rows > IMAGES else IMAGES),
+        lambda: private_step(part, data, objective, mechanism, 1e-3, rows),
+        lambda: plain_step(part, data, objective, 1e-3, rows),
+        PAIRS[mode],
     )
     return {
         "private": private,

@@ -1,6 +1,7 @@
-"""``clinifed export``, ``verify``, ``inspect``, ``keys``: bundles, made and judged."""
+"""``clinifed export``, ``verify``, ``inspect``, ``bench``, ``keys``: bundles, made, judged and measured."""
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -103,6 +104,19 @@ def _inspect(args: argparse.Namespace, console: _Console) -> None:
     console.result(found, *_plain(told(found)))
 
 
+def _bench(args: argparse.Namespace, console: _Console) -> None:
+    from clinifed.bundle import check
+    from clinifed.export.speed import measure, subjects
+    from clinifed.jobs.report import speed_table
+
+    if args.threads < 1:
+        raise ConfigError(f"--threads {args.threads}: a backend needs at least one")
+    contents = check(args.bundle, _keys(args.key))
+    found = measure(subjects(args.bundle, contents, args.checkpoint, args.model, args.threads), console.progress)
+    content = {"bundle": contents.manifest_sha256, "threads": args.threads, "backends": [m.to_dict() for m in found]}
+    console.result(content, speed_table(found))
+
+
 def _plain(lines: Sequence[str]) -> list[Any]:
     """Lines as they are: what a bundle says is no markup of ours."""
     from rich.text import Text
@@ -166,6 +180,13 @@ def add_export_verbs(verbs: Any, verb: Callable[..., argparse.ArgumentParser]) -
         parser.add_argument(
             "--local-key", action="append", metavar="PUB", help="likewise, of devices that built engines"
         )
+
+    bench = verb("bench", _bench, "latency, throughput and memory of a bundle's models on this machine, by backend")
+    bench.add_argument("bundle", type=Path)
+    bench.add_argument("--key", action="append", metavar="PUB", help=key_help)
+    bench.add_argument("--checkpoint", type=Path, help="what it was exported from: torch and torch.compile as well")
+    bench.add_argument("--model", help="base model of the checkpoint, if not where its card says")
+    bench.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of each backend (default: all cores)")
 
     text = "keys that sign bundles"
     group = verbs.add_parser("keys", help=text, description=text).add_subparsers(

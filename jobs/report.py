@@ -1,10 +1,13 @@
 """The short table a run ends with."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
 
-__all__ = ["DISCLAIMER", "export_table", "ledger_tables", "metrics_table", "privacy_table"]
+from clinifed.export.speed import BATCHES, Measured
+
+__all__ = ["DISCLAIMER", "export_table", "ledger_tables", "metrics_table", "privacy_table", "speed_table"]
 
 DISCLAIMER = (
     "Balanced accuracy by patient on the public test set, as it came out: no column is promised to win. "
@@ -68,6 +71,21 @@ def export_table(report: dict[str, Any]) -> Table:
         cosine = "–" if parity["cosine_mean"] is None else f"{parity['cosine_mean']:.6f}"
         verdict = "packed" if packed else "; ".join(row["failures"])
         table.add_row(row["precision"], *text, cosine, _percent(parity["top1_agreement"]), verdict)
+    return table
+
+
+def speed_table(found: Sequence[Measured]) -> Table:
+    """Per backend: latency, throughput and memory on this machine; what could not be measured with its reason."""
+    table = Table(title="speed")
+    for column in ("backend", "model", "batch 1", "p95", *(f"{n} images/s" for n in BATCHES[1:]), "peak", "faster"):
+        table.add_column(column, justify="left" if column in ("backend", "model") else "right")
+    for m in found:
+        if m.latency_s is None or m.latency_p95_s is None or m.images_per_s is None or m.peak_rss_mb is None:
+            table.add_row(m.backend, m.name, m.reason)
+            continue
+        rates = [f"{m.images_per_s[str(n)]:.1f}" for n in BATCHES[1:]]
+        times = [f"{1e3 * t:.1f} ms" for t in (m.latency_s, m.latency_p95_s)]
+        table.add_row(m.backend, m.name, *times, *rates, f"{m.peak_rss_mb:.0f} MB", f"{m.ratio:.2f} ×")
     return table
 
 

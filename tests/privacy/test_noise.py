@@ -1,9 +1,12 @@
 """The noise: standard normal, never the same twice, on the grid."""
 
+import os
+
 import numpy as np
 import pytest
 from scipy.stats import kstest
 
+from clinifed.privacy import noise as module
 from clinifed.privacy.noise import GRID, NoiseSource, to_grid
 
 DRAWS = 60_000
@@ -43,3 +46,14 @@ def test_values_lie_on_the_grid_and_move_less_than_a_step(max_grad_norm: float) 
     steps = rounded / (GRID * max_grad_norm)
     assert np.allclose(steps, np.rint(steps), atol=1e-6)
     assert np.abs(rounded - values).max() <= GRID * max_grad_norm / 2 * (1 + 1e-9)
+
+
+def test_many_values_are_drawn_by_threads_from_sources_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: list[bytes] = []
+    fresh = os.urandom
+    monkeypatch.setattr(module.os, "urandom", lambda size: keys.append(fresh(size)) or keys[-1])
+    monkeypatch.setattr(module.torch, "get_num_threads", lambda: 3)
+    drawn = NoiseSource().standard_normal((3, 1 << 18))
+    assert len(set(keys)) == 4  # the source that was asked, and one for each thread
+    assert np.abs(np.corrcoef(drawn) - np.eye(3)).max() < 0.01
+    assert kstest(drawn.ravel(), "norm").pvalue > 1e-6
