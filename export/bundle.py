@@ -128,7 +128,7 @@ def describe(
     write_json(bundle / CARD, _card(source, card, model.specialties, file_sha256(bundle / WEIGHTS)))
     prompts = {name: model.prompts(name).contiguous() for name in model.specialties}
     write_atomic(bundle / PROMPTS, save(prompts))
-    labels = {name: _head(card, name, report.heads[name]) for name in model.specialties}
+    labels = {name: _head(card, name, report.heads[name], model.shows_zero_shot) for name in model.specialties}
     write_json(bundle / "labels.json", labels)
     size = preprocess.size_px
     graph = {
@@ -165,11 +165,11 @@ def _named(ref: str) -> str:
     return ref.partition(":")[0] if ref.startswith("local-dir:") else ref
 
 
-def _head(card: Card, name: str, choice: HeadChoice) -> dict[str, Any]:
+def _head(card: Card, name: str, choice: HeadChoice, zero_shot: bool) -> dict[str, Any]:
     specialty = card.specialties[name]
     return {
         "output": LOGITS + name,
-        "zero_shot_output": ZERO_SHOT + name,
+        "zero_shot_output": ZERO_SHOT + name if zero_shot else None,
         "modality": specialty.modality,
         "labels": list(specialty.labels),  # in the order of the logits
         "decision": "softmax" if card.objective.labels == "one" else "sigmoid",

@@ -15,7 +15,7 @@ from clinifed.errors import ExportError
 from clinifed.models.adapters import GlobalModel, TrainablePart
 from clinifed.models.backbone import Backbone
 from clinifed.models.heads import prompt_matrix
-from clinifed.models.trunk import Trunk, build_trunk
+from clinifed.models.trunk import Tail, Trunk, build_trunk
 
 __all__ = ["DeployedModel", "TextTower", "deploy"]
 
@@ -48,6 +48,11 @@ class DeployedModel(nn.Module):
         for name, matrix in prompts.items():
             self.register_buffer(f"prompts_{name}", matrix)
         self.base = base
+
+    @property
+    def shows_zero_shot(self) -> bool:
+        """Whether the graph gives zero-shot beside the trained logits: not where that is a second tower's work."""
+        return not isinstance(self.base, Tail)
 
     def prompts(self, specialty: str) -> Tensor:
         """The baked prompt matrix (K, D) of ``specialty``; its rows have length 1."""

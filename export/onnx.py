@@ -42,15 +42,16 @@ class _Flat(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         embedding, *logits = self.model(pixels)
-        return embedding, *(kind[name] for kind in logits for name in self.model.specialties)
+        kinds = logits if self.model.shows_zero_shot else logits[:1]
+        return embedding, *(kind[name] for kind in kinds for name in self.model.specialties)
 
 
 def export_onnx(model: DeployedModel, size_px: int) -> onnx.ModelProto:
     """Export to ONNX, FP32, opset 20; the same model gives the same bytes.
 
     The graph's input is ``pixels`` (B, 3, S, S) float32, normalised, with 1 ≤ B ≤ 64. Its outputs are ``embedding``
-    (B, D), L2-normalised; ``logits_<specialty>`` (B, K); and ``zero_shot_<specialty>`` (B, K), what the base model
-    says by its class prompts. All are float32.
+    (B, D), L2-normalised; ``logits_<specialty>`` (B, K); and, where the model shows it, ``zero_shot_<specialty>``
+    (B, K), what the base model says by its class prompts. All are float32.
 
     Args:
         model: put into evaluation mode.
@@ -59,7 +60,8 @@ def export_onnx(model: DeployedModel, size_px: int) -> onnx.ModelProto:
     Raises:
         ExportError: the exporter cannot translate the model, or what it made is not valid ONNX.
     """
-    outputs = [EMBEDDING, *(kind + name for kind in (LOGITS, ZERO_SHOT) for name in model.specialties)]
+    kinds = (LOGITS, ZERO_SHOT) if model.shows_zero_shot else (LOGITS,)
+    outputs = [EMBEDDING, *(kind + name for kind in kinds for name in model.specialties)]
     return _export(_Flat(model).eval(), torch.zeros(2, 3, size_px, size_px), PIXELS, outputs)
 
 

@@ -9,10 +9,11 @@ import onnxruntime
 import pytest
 import torch
 
+from clinifed.config import Training
 from clinifed.evaluation.parity import run_onnx
 from clinifed.export.deployed import DeployedModel, TextTower, deploy
 from clinifed.export.onnx import MAX_BATCH, OPSET, export_onnx, export_text, write_onnx
-from clinifed.models.adapters import GlobalModel
+from clinifed.models.adapters import GlobalModel, build_trainable
 from clinifed.models.backbone import Backbone
 from clinifed.models.specialties import SPECIALTIES
 
@@ -77,12 +78,38 @@ def test_a_head_exported_as_zero_shot_has_both_outputs(
     trained: GlobalModel, backbone: Backbone, tmp_path: Path
 ) -> None:
     specialties = {name: SPECIALTIES[name] for name in ("emergency", "radiology")}
-    model = deploy(trained, backbone, specialties, 10.0, zero_shot_heads=["radiology"])
+    model = deploy(trained, backbone, specialties, Training(train="projection"), zero_shot_heads=["radiology"])
     write_onnx(export_onnx(model, backbone.preprocess.size_px), tmp_path / "model.onnx")
     pixels = np.zeros((2, 3, 160, 160), np.float32)
     found = run_onnx(tmp_path / "model.onnx", pixels)
     assert np.array_equal(found.logits["radiology"], found.zero_shot["radiology"])
     assert not np.array_equal(found.logits["emergency"], found.zero_shot["emergency"])
+
+
+@pytest.mark.parametrize("lost", [(), ("radiology",)])
+@pytest.mark.parametrize("train", ["lora", "blocks"])
+def test_a_second_tower_is_in_the_graph_only_for_a_head_that_lost_to_zero_shot(
+    train: str, lost: tuple[str, ...], backbone: Backbone, tmp_path: Path
+) -> None:
+    specialties = {name: SPECIALTIES[name] for name in ("emergency", "radiology")}
+    training = Training(train=train)
+    part = build_trainable(backbone, specialties, training)
+    part.load_shared({n: t + 0.05 * torch.randn_like(t) for n, t in part.shared().items()})
+    trained = GlobalModel(backbone, part).eval()
+    model = deploy(trained, backbone, specialties, training, zero_shot_heads=lost)
+    graph = export_onnx(model, backbone.preprocess.size_px)
+    assert [o.name for o in graph.graph.output] == ["embedding", "logits_emergency", "logits_radiology"]
+    blocks = len(backbone.model.visual.trunk.blocks)
+    again = {"lora": blocks, "blocks": 1}[train] if lost else 0
+    assert [node.op_type for node in graph.graph.node].count("Gelu") == blocks + again
+    write_onnx(graph, tmp_path / "model.onnx")
+    pixels = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+    found = run_onnx(tmp_path / "model.onnx", pixels.numpy())
+    with torch.no_grad():
+        embedding, logits, _ = model(pixels)
+        np.testing.assert_allclose(embedding.numpy(), trained(pixels)[0].numpy(), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found.embedding, embedding.numpy(), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found.logits["radiology"], logits["radiology"].numpy(), rtol=0, atol=1e-4)
 
 
 def test_the_same_model_gives_the_same_bytes(
