@@ -1,89 +1,95 @@
-"""Tables of what a model is worth: beside what else could be done, in full, and how well images are re-linked."""
+"""Tables of what a model is worth: beside what else could be done, and how well images are re-linked."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from clinifed.jobs.comparison import MODELS, PUBLIC_TEST
 
 __all__ = ["comparison_tables", "relinkage_tables"]
 
-_QUESTION = "did federation beat what a site can do alone?"
-_FIGURES = ("auroc", "balanced_accuracy", "corrected", "ece")
+_QUESTION = "Did federation beat what a site can do alone?"
 _ALONE = ("local_only", "local_only_dp")
+_FIGURES = {
+    "balanced_accuracy": "balanced accuracy",
+    "corrected": "above chance",
+    "auroc": "AUROC",
+    "ece": "ECE",
+}
+_LEGEND = (
+    "In percent, by patient, with 95 % intervals of a bootstrap over patients. Above chance: (b − 1/K)/(1 − 1/K) of the "
+    "balanced accuracy b."
+)
+_GAIN = (
+    "Gain: balanced accuracy of {name} less that model's, on the same draws of patients; beaten where its interval is "
+    "above 0, not where it is below."
+)
 
 
-def _told(figure: Mapping[str, float | None], percent: bool = True, sign: bool = False) -> str:
-    """A figure over its 95 % interval; a dash where there is none."""
+def _told(figure: Mapping[str, float | None]) -> str:
+    """A figure and its interval in percent; a dash where there is none."""
     value, low, high = figure["value"], figure["low"], figure["high"]
     if value is None:
         return "–"
-    scale, kind = (100, ".1f") if percent else (1, ".3f")
-    kind = f"+{kind}" if sign else kind
-    text = f"{scale * value:{kind}}" + (" %" if percent else "")
-    return text if low is None or high is None else f"{text}\n{scale * low:{kind}} to {scale * high:{kind}}"
+    if low is None or high is None:
+        return f"{100 * value:.1f}"
+    return f"{100 * value:.1f} ({100 * low:.0f}{'–' if low >= 0 else ' to '}{100 * high:.0f})"
 
 
 def _verdict(gain: Mapping[str, float | None]) -> str:
     low, high = gain["low"], gain["high"]
     if low is None or high is None:
         return "–"
-    word = "yes" if low > 0 else "no" if high < 0 else "not told apart"
-    return f"{word}\n{_told(gain, sign=True)}"
+    return "yes" if low > 0 else "no" if high < 0 else "unclear"
 
 
-def _who(row: Mapping[str, Any]) -> str:
-    """On whom, and by whose own model."""
-    site = row["site"]
-    if row["patients_of"] == PUBLIC_TEST:
-        return PUBLIC_TEST if site is None else f"{PUBLIC_TEST}, {site} alone"
-    return "held out, all sites" if site is None else f"held out, {site}"
-
-
-def _support(row: Mapping[str, Any]) -> str:
-    few = f"< {row['minimum']}"
-    counts = "\n".join(f"{name} {few if count is None else count}" for name, count in row["support"].items())
-    return f"{row['patients']} patients\n{counts}"
+def _line(table: Table, name: str, row: Mapping[str, Any], key: str) -> None:
+    figures, gain = row["models"][key], row["gain"].get(key)
+    judged = ("", "") if gain is None else (_told(gain["balanced_accuracy"]), _verdict(gain["balanced_accuracy"]))
+    table.add_row(name, *(_told(figures[figure]) for figure in _FIGURES), *judged)
 
 
 def comparison_tables(rows: Sequence[Mapping[str, Any]], candidate: str) -> list[Any]:
-    """Balanced accuracy of every model, and all figures of ``candidate``; and a line on what is suppressed.
+    """A table for each specialty and set of patients, every model in it, and what is suppressed.
 
     Args:
         rows: of a summary or of a report, as :func:`clinifed.jobs.comparison.compare` makes them.
-        candidate: a key of :data:`clinifed.jobs.comparison.MODELS`.
+        candidate: the model that the others are held against, a key of :data:`clinifed.jobs.comparison.MODELS`.
     """
-    if not rows:
-        return []
-    models = [key for key in MODELS if any(key in row["models"] for row in rows)]
-    asked = [key for key in _ALONE if key in models]
-    beside = Table(title=(f"{_QUESTION}\n" if asked else "") + "balanced accuracy by patient, with its 95 % interval")
-    for column in ("specialty", "judged on"):
-        beside.add_column(column)
-    for column in ("chance", *(MODELS[key] for key in models)):
-        beside.add_column(column, justify="right")
-    for key in asked:
-        beside.add_column(f"beats {MODELS[key]}?", justify="right")
-    full = Table(title=f"{MODELS[candidate]}: every figure, with its 95 % interval")
-    for column in ("specialty", "judged on", "patients"):
-        full.add_column(column)
-    for column in ("AUROC", "balanced accuracy", "(b − chance)/(1 − chance)", "ECE"):
-        full.add_column(column, justify="right")
+    by_site = [row for row in rows if row["patients_of"] == PUBLIC_TEST and row["site"] is not None]
+    shown: list[Any] = []
     for row in rows:
-        cells = [_told(row["models"][key]["balanced_accuracy"]) if key in row["models"] else "–" for key in models]
-        verdicts = [_verdict(row["gain"][key]["balanced_accuracy"]) if key in row["gain"] else "–" for key in asked]
-        head = (row["specialty"], _who(row))
-        beside.add_row(*head, f"{100 * row['chance']:.1f} %", *cells, *verdicts)
-        if row["site"] is None or row["patients_of"] != PUBLIC_TEST:  # a site's line there repeats the others'
-            figures = row["models"][candidate]
-            full.add_row(*head, _support(row), *(_told(figures[name], percent=False) for name in _FIGURES))
-    hidden = sorted({(row["specialty"], label, row["minimum"]) for row in rows for label in row["suppressed"]})
-    notes = [
-        f"suppressed where fewer than {least} patients have it, or have it not: {name}, {label}"
-        for name, label, least in hidden
-    ]
-    return [beside, full, *notes]
+        if row in by_site:
+            continue
+        whose = "" if row["patients_of"] == PUBLIC_TEST else f" of {row['site'] or 'all sites'}"
+        few = f"fewer than {row['minimum']}"
+        support = ", ".join(f"{name} {few if count is None else count}" for name, count in row["support"].items())
+        table = Table(
+            title=f"{row['specialty']}, {row['patients_of']}{whose}: {row['patients']} patients ({support}), "
+            f"chance {100 * row['chance']:.1f} %",
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+        )
+        table.add_column("model")
+        for column in (*_FIGURES.values(), "gain", "beaten?"):
+            table.add_column(column, justify="right")
+        mine = [other for other in by_site if other["specialty"] == row["specialty"]] if not whose else []
+        for key in row["models"]:
+            alone = [other for other in mine if key in _ALONE and key in other["models"]]
+            _line(table, MODELS[key] + (f", mean of {len(alone)}" if alone else ""), row, key)
+            for other in alone:
+                _line(table, f"  {other['site']}", other, key)
+        shown.append(table)
+        if row["suppressed"]:
+            shown.append(
+                f"suppressed: {', '.join(row['suppressed'])}: {few} patients have it, or have it not; with it all figures "
+                "that are means over labels"
+            )
+    question = [] if all(key not in row["models"] for row in rows for key in _ALONE) else [_QUESTION]
+    return [*question, *shown, _LEGEND, _GAIN.format(name=MODELS[candidate])] if shown else []
 
 
 def relinkage_tables(relinkage: Mapping[str, Any] | None) -> list[Any]:
@@ -91,13 +97,16 @@ def relinkage_tables(relinkage: Mapping[str, Any] | None) -> list[Any]:
     if relinkage is None:
         return ["re-linkage: not told, the test set has no captions"]
     table = Table(
-        title=f"re-linkage: an image's own report among {relinkage['reports']}\n"
-        f"({relinkage['different_texts']} different texts; {relinkage['images']} images of {relinkage['patients']} patients)"
+        title=f"re-linkage: an image's own report among {relinkage['reports']} "
+        f"({relinkage['different_texts']} different texts), {relinkage['images']} images of "
+        f"{relinkage['patients']} patients, in percent",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
     )
     for column in ("recall", "guessing", "base embedding", "trained embedding"):
         table.add_column(column, justify="left" if column == "recall" else "right")
     for rank in map(str, relinkage["ranks"]):
         base, trained = relinkage["base"][rank], relinkage["trained"]
         told = "the same" if trained is None else _told(trained[rank])
-        table.add_row(f"@{rank}", f"{100 * base['chance']:.1f} %", _told(base), told)
+        table.add_row(f"@{rank}", f"{100 * base['chance']:.1f}", _told(base), told)
     return [table, *([relinkage["note"]] if relinkage["note"] else [])]
