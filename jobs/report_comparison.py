@@ -19,8 +19,8 @@ _FIGURES = {
     "ece": "ECE",
 }
 _LEGEND = (
-    "In percent, by patient, with 95 % intervals of a bootstrap over patients. Above chance: (b − 1/K)/(1 − 1/K) of the "
-    "balanced accuracy b."
+    "In percent, by patient, with 95 % intervals of a bootstrap over patients. Above chance: (b − 1/K)/(1 − 1/K) of "
+    "balanced accuracy b. A number in brackets: the mean over so many sites' own models."
 )
 _GAIN = (
     "Gain: balanced accuracy of {name} less that model's, on the same draws of patients; beaten where its interval is "
@@ -73,20 +73,20 @@ def comparison_tables(rows: Sequence[Mapping[str, Any]], candidate: str) -> list
             box=box.SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
         )
-        table.add_column("model")
+        table.add_column("model", no_wrap=True)
         for column in (*_FIGURES.values(), "gain", "beaten?"):
             table.add_column(column, justify="right")
         mine = [other for other in by_site if other["specialty"] == row["specialty"]] if not whose else []
         for key in row["models"]:
             alone = [other for other in mine if key in _ALONE and key in other["models"]]
-            _line(table, MODELS[key] + (f", mean of {len(alone)}" if alone else ""), row, key)
+            _line(table, MODELS[key] + (f" ({len(alone)})" if alone else ""), row, key)
             for other in alone:
                 _line(table, f"  {other['site']}", other, key)
         shown.append(table)
         if row["suppressed"]:
             shown.append(
-                f"suppressed: {', '.join(row['suppressed'])}: {few} patients have it, or have it not; with it all figures "
-                "that are means over labels"
+                f"suppressed: {', '.join(row['suppressed'])}: {few} patients have it, or have it not; with it "
+                "all figures that are means over labels"
             )
     question = [] if all(key not in row["models"] for row in rows for key in _ALONE) else [_QUESTION]
     return [*question, *shown, _LEGEND, _GAIN.format(name=MODELS[candidate])] if shown else []
