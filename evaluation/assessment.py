@@ -20,9 +20,10 @@ from clinifed.evaluation.metrics import by_case
 __all__ = ["FIGURES", "MIN_PATIENTS", "Drawn", "Panel"]
 
 FIGURES = ("auroc", "balanced_accuracy", "corrected", "ece")
-# Ten outcomes are what a figure is customarily asked to rest on at least (Peduzzi et al., J Clin Epidemiol 1996;49:
-# 1373); with fewer, percentile intervals are too narrow as well.
+# A convention, after the ten events per variable of Peduzzi et al. (J Clin Epidemiol 1996;49:1373); percentile
+# intervals of fewer patients are too narrow as well.
 MIN_PATIENTS = 10
+_BLOCK = 1 << 21  # weights handled at once; bounds memory, never the result
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,16 @@ class Panel:
 
     def drawn(self, logits: NDArray[np.floating]) -> Drawn:
         """The figures of a model with ``logits`` (R, K); undefined where one is not finite."""
-        weights, shape = self._weights, (len(self._weights), len(self.labels))
+        shape = (len(self._weights), len(self.labels))
         if not np.isfinite(logits).all():
             return Drawn(np.full(shape, np.nan), np.full(shape, np.nan), np.full(shape[0], np.nan))
         probability = expit(logits) if self.multi_label else softmax(logits, axis=1)
         mean, _, _ = by_case(probability, self._patient, self._label)  # (N, K)
+        blocks = np.array_split(self._weights, -(-self._weights.size // _BLOCK))
+        return Drawn(*map(np.concatenate, zip(*(self._of_draws(weights, mean) for weights in blocks), strict=True)))
+
+    def _of_draws(self, weights: Floats, mean: Floats) -> tuple[Floats, Floats, Floats]:
+        """The parts of a :class:`Drawn` for some draws, of probabilities ``mean`` (N, K)."""
         truth = self._truth
         if self.multi_label:
             right = (mean > 0.5) == truth
@@ -114,7 +120,7 @@ class Panel:
             right = (mean.argmax(axis=1) == self._code)[:, None]
             accuracy = recall(weights, truth, right)
             ece = calibration_error(weights, mean.max(axis=1, keepdims=True), right)
-        return Drawn(auroc(weights, mean, truth), accuracy, ece)
+        return auroc(weights, mean, truth), accuracy, ece
 
     def _macro(self, drawn: Drawn) -> dict[str, Floats]:
         accuracy = drawn.accuracy.mean(axis=1)

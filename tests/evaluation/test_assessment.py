@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 from scipy.special import expit, softmax
+from scipy.stats import norm
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
+from clinifed.evaluation import assessment
 from clinifed.evaluation.assessment import FIGURES, Panel
 from clinifed.evaluation.metrics import (
     by_case,
@@ -149,6 +151,29 @@ def test_a_mean_over_models_is_a_mean_on_every_draw() -> None:
     values = [panel.figures(one)["auroc"]["value"] for one in drawn]
     assert mean["auroc"]["value"] == pytest.approx(np.mean(values))
     assert mean["auroc"]["low"] < mean["auroc"]["value"] < mean["auroc"]["high"]
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    """Two labels whose scores are normal, a distance d apart: the AUROC is Φ(d/√2) (Hanley & McNeil 1982)."""
+    distance, covered = 1.0, []
+    for seed in range(150):
+        rng = np.random.default_rng(seed)
+        label = np.arange(80) % 2
+        score = rng.standard_normal(80) + distance * label
+        panel = Panel(np.arange(80), label, LABELS[:2], replicates=200)
+        figure = panel.figures(panel.drawn(np.stack([np.zeros(80), score], axis=1)))["auroc"]
+        covered.append(figure["low"] <= norm.cdf(distance / np.sqrt(2)) <= figure["high"])
+    assert 0.88 <= np.mean(covered) <= 0.99
+
+
+def test_draws_handled_in_blocks_give_what_they_give_at_once(monkeypatch) -> None:
+    logits, patient, label = sample(45, 12)
+    panel = Panel(patient, label, LABELS, replicates=50)
+    whole = panel.drawn(logits)
+    monkeypatch.setattr(assessment, "_BLOCK", 100)
+    parts = panel.drawn(logits)
+    for name in ("auroc", "accuracy", "ece"):
+        assert np.allclose(getattr(parts, name), getattr(whole, name))
 
 
 def test_a_broken_model_has_no_figures() -> None:
