@@ -17,7 +17,7 @@ from clinifed.cli_deidentify import add_deidentify
 from clinifed.cli_export import add_export_verbs
 from clinifed.cli_federation import add_federation_verbs, spelled_out
 from clinifed.cli_privacy import add_privacy_verbs
-from clinifed.errors import INTERRUPTED, ClinifedError
+from clinifed.errors import INTERRUPTED, ClinifedError, ConfigError
 
 __all__ = ["build_parser", "main"]
 
@@ -51,16 +51,16 @@ def _federation(args: argparse.Namespace) -> Any:
 
 def _simulate(args: argparse.Namespace, console: _Console) -> None:
     federation = _federation(args)  # a wrong setting is told before the heavy imports
-    from clinifed.jobs.report import DISCLAIMER, metrics_table, privacy_table
+    from clinifed.jobs.report import DISCLAIMER, summary_tables
     from clinifed.jobs.simulate import simulate
 
     summary = simulate(federation, args.out, console.progress, args.threads)
-    console.result(summary, metrics_table(summary), privacy_table(summary), DISCLAIMER)
+    console.result(summary, *summary_tables(summary), DISCLAIMER)
 
 
 def _demo(args: argparse.Namespace, console: _Console) -> None:
     from clinifed.export.pipeline import export_checkpoint
-    from clinifed.jobs.report import DISCLAIMER, export_table, metrics_table, privacy_table
+    from clinifed.jobs.report import DISCLAIMER, export_table, summary_tables
     from clinifed.jobs.simulate import simulate
     from clinifed.load import load_federation
 
@@ -84,8 +84,7 @@ def _demo(args: argparse.Namespace, console: _Console) -> None:
     )
     console.result(
         {"summary": summary, "export": report},
-        metrics_table(summary),
-        privacy_table(summary),
+        *summary_tables(summary),
         export_table(report),
         DISCLAIMER,
         paths,
@@ -101,10 +100,17 @@ def _job(args: argparse.Namespace, console: _Console) -> None:
 
 
 def _evaluate(args: argparse.Namespace, console: _Console) -> None:
-    from clinifed.jobs.evaluate import evaluate_checkpoint, scores_table
+    if args.site is not None and args.test is not None:
+        raise ConfigError("give either --test MANIFEST, of public patients, or --site POLICY, for a hospital's own")
+    from clinifed.jobs.evaluate import evaluate_at_site, evaluate_checkpoint
+    from clinifed.jobs.report_comparison import comparison_tables, relinkage_tables
 
-    report = evaluate_checkpoint(args.checkpoint, args.test, args.model)
-    console.result(report, scores_table(report))
+    if args.site is not None:
+        report = evaluate_at_site(args.checkpoint, args.site, args.model, args.min_patients)
+    else:
+        report = evaluate_checkpoint(args.checkpoint, args.test, args.model, args.min_patients)
+    tables = [*comparison_tables(report["comparison"], "trained"), *relinkage_tables(report["relinkage"])]
+    console.result(report, *tables, *([report["note"]] if report["note"] else []))
 
 
 def _synthesize(args: argparse.Namespace, console: _Console) -> None:
@@ -119,6 +125,13 @@ def _synthesize(args: argparse.Namespace, console: _Console) -> None:
         sites[name] = tuple(specialties.split(","))
     synthesize(validate(Synthesize, settings, "command line"), sites, args.out)
     console.result({"out": str(args.out), "sites": sites}, f"synthetic hospitals in {args.out}")
+
+
+def _count(text: str) -> int:
+    """A number of patients, 1 or more."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
 
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -157,9 +170,20 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_export_verbs(verbs, verb)
 
-    evaluate = verb("evaluate", _evaluate, "a checkpoint on a public test set")
+    evaluate = verb(
+        "evaluate", _evaluate, "a checkpoint on a public test set, or at a hospital on its own held-out patients"
+    )
     evaluate.add_argument("checkpoint", type=Path)
     evaluate.add_argument("--test", type=Path, help="manifest of the public test set (default: the card's)")
+    evaluate.add_argument(
+        "--site",
+        type=Path,
+        metavar="POLICY",
+        help="at a hospital: on its own held-out patients; the report stays there",
+    )
+    evaluate.add_argument(
+        "--min-patients", type=_count, default=10, metavar="N", help="below which a figure is suppressed (default: 10)"
+    )
     evaluate.add_argument("--model", help="base model, if not where the card says")
 
     job = verb("job", _job, "write the FLARE job folder of a federation")

@@ -34,9 +34,9 @@ def _federation(args: argparse.Namespace) -> Any:
 
 
 def _told(summary: dict[str, Any], console: _Console) -> None:
-    from clinifed.jobs.report import DISCLAIMER, metrics_table, privacy_table
+    from clinifed.jobs.report import DISCLAIMER, summary_tables
 
-    console.result(summary, metrics_table(summary), privacy_table(summary), DISCLAIMER)
+    console.result(summary, *summary_tables(summary), DISCLAIMER)
 
 
 def _poc(args: argparse.Namespace, console: _Console) -> None:

@@ -212,6 +212,12 @@ class Export(_Settings):
     targets: tuple[Literal["onnx", "tensorrt", "tensorrt-rtx"], ...] = ("tensorrt-rtx",)
 
 
+class Evaluation(_Settings):
+    """How the figures of a run are told."""
+
+    min_patients: int = Field(10, ge=1)  # on either side of a label; below it a figure is suppressed
+
+
 class Federation(_Settings):
     """A whole federation, as one YAML file."""
 
@@ -226,6 +232,7 @@ class Federation(_Settings):
     data: Data = Data()
     specialties: dict[Name, Specialty] = Field(default_factory=dict)  # new ones, or other prompts
     sites: dict[SiteName, Site] = Field(min_length=1)
+    evaluation: Evaluation = Evaluation()
     export: Export = Export()
     deployment: Deployment = Deployment()
 

@@ -12,6 +12,7 @@ from sklearn.metrics import recall_score, roc_auc_score
 __all__ = [
     "CALIBRATION_BINS",
     "Scores",
+    "by_case",
     "calibration_bins",
     "expected_calibration_error",
     "mean_scores",
@@ -45,14 +46,14 @@ def patient_scores(logits: NDArray[np.floating], patient: NDArray[np.integer], l
         label: (R,) in [0, K). A patient with images of two labels counts once per label.
     """
     shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    mean, truth, patients = _by_case(shifted / shifted.sum(axis=1, keepdims=True), patient, label)
+    mean, truth, patients = by_case(shifted / shifted.sum(axis=1, keepdims=True), patient, label)
     present = np.unique(truth)
     auroc = None
     if len(present) > 1:
         # One label against the rest, over the labels that occur; for two labels both terms are equal.
         auroc = float(np.mean([roc_auc_score(truth == k, mean[:, k]) for k in present]))
     recall = recall_score(truth, mean.argmax(axis=1), labels=present, average="macro", zero_division=0)
-    return Scores(float(recall), auroc, patients)
+    return Scores(float(recall), auroc, len(np.unique(patients)))
 
 
 def multi_label_scores(
@@ -69,27 +70,31 @@ def multi_label_scores(
         patient: (R,), which patient an image belongs to.
         label_bits: (R,), bit k set where label k holds. A patient whose images differ counts once per set of labels.
     """
-    mean, bits, patients = _by_case(expit(logits), patient, label_bits)
+    mean, bits, patients = by_case(expit(logits), patient, label_bits)
     truth = (bits[:, None] >> np.arange(logits.shape[1])) & 1 == 1  # (cases, K)
     said = mean > 0.5
     both = [k for k in range(truth.shape[1]) if truth[:, k].any() and not truth[:, k].all()]
     if not both:
-        return Scores(float((said == truth).mean()), None, patients)
+        return Scores(float((said == truth).mean()), None, len(np.unique(patients)))
     recalls = [(said[truth[:, k], k].mean() + (~said[~truth[:, k], k]).mean()) / 2 for k in both]
     auroc = float(np.mean([roc_auc_score(truth[:, k], mean[:, k]) for k in both]))
-    return Scores(float(np.mean(recalls)), auroc, patients)
+    return Scores(float(np.mean(recalls)), auroc, len(np.unique(patients)))
 
 
-def _by_case(
+def by_case(
     probability: NDArray[np.floating], patient: NDArray[np.integer], label: NDArray[np.integer]
-) -> tuple[NDArray[np.float64], NDArray[np.integer], int]:
-    """Mean of ``probability`` (R, K) over each pair of patient and label (cases, K), its label (cases,), patients."""
+) -> tuple[NDArray[np.float64], NDArray[np.integer], NDArray[np.integer]]:
+    """A case is a patient with a label: mean of ``probability`` (R, K) over its images, its label, its patient.
+
+    Returns:
+        (cases, K), (cases,) and (cases,), sorted by patient.
+    """
     cases, case_of = np.unique(np.stack([patient, label]), axis=1, return_inverse=True)  # (2, cases), (R,)
     case_of = case_of.reshape(-1)
     mean = np.zeros((cases.shape[1], probability.shape[1]))
     np.add.at(mean, case_of, probability)
     mean /= np.bincount(case_of)[:, None]
-    return mean, cases[1], len(np.unique(cases[0]))
+    return mean, cases[1], cases[0]
 
 
 def calibration_bins(confidence: NDArray[np.floating], bins: int = CALIBRATION_BINS) -> NDArray[np.int64]:

@@ -26,7 +26,7 @@ from clinifed.models.shards import Shards
 from clinifed.privacy.engine import PatientTensors
 from clinifed.privacy.objectives import OBJECTIVES, Objective, encode_labels
 
-__all__ = ["file_content", "patient_tensors"]
+__all__ = ["file_content", "patient_rows", "patient_tensors"]
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,33 @@ def patient_tensors(
     objective: Objective = OBJECTIVES["cross-entropy"],
     views: int = 1,
 ) -> PatientTensors:
-    """The patients of ``manifest`` as features (R, F) of the frozen part of ``model``.
+    """As :func:`patient_rows`, without saying which image a row is of."""
+    return patient_rows(
+        model,
+        backbone,
+        manifest,
+        specialties,
+        split=split,
+        batch_size=batch_size,
+        cache=cache,
+        objective=objective,
+        views=views,
+    )[0]
+
+
+def patient_rows(
+    model: GlobalModel,
+    backbone: Backbone,
+    manifest: Manifest,
+    specialties: Mapping[str, Specialty],
+    *,
+    split: str | None,
+    batch_size: int,
+    cache: Path | None,
+    objective: Objective = OBJECTIVES["cross-entropy"],
+    views: int = 1,
+) -> tuple[PatientTensors, list[Record]]:
+    """The patients of ``manifest`` as features (R, F) of the frozen part of ``model``, and the image of each row.
 
     Args:
         specialties: those to keep; ``PatientTensors.specialty`` counts their sorted names.
@@ -114,12 +140,13 @@ def patient_tensors(
         raise DataError(f"{manifest.path}: no readable image of {', '.join(sorted(missing))}")
     # Dense numbers: patients all of whose images were unreadable are gone. Rows are already sorted by patient.
     dense: dict[str, int] = {}
-    return PatientTensors(
+    data = PatientTensors(
         features=embedded.features.unflatten(1, shape) if shape else embedded.features,
         patient=torch.tensor([dense.setdefault(r.patient, len(dense)) for r in rows]),
         specialty=torch.tensor([names.index(r.specialty) for r in rows]),
         label=torch.tensor([encoded[i] for i in embedded.images]),
     )
+    return data, rows
 
 
 def _content(manifest: Manifest, record: Record) -> str | None:

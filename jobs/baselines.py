@@ -1,4 +1,8 @@
-"""What each site could do alone, with and without DP, and what the zero-shot model does: the lines to beat."""
+"""What federating is held against: each site alone, all data in one place, and the federation without DP.
+
+All of it trains on patients without a charge to any ledger: it is for data marked public or synthetic only, is
+compared, and is never released.
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -6,66 +10,102 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from clinifed.aggregators.rules import Memory, aggregate
 from clinifed.contract import Contract
-from clinifed.evaluation.metrics import Scores, multi_label_scores, patient_scores
 from clinifed.executors.trainer import local_steps
+from clinifed.messages import Update
 from clinifed.models.adapters import TrainablePart, build_trainable
 from clinifed.models.backbone import Backbone
 from clinifed.privacy.engine import PatientTensors
-from clinifed.privacy.objectives import OBJECTIVES, Objective, resolve_objective
 
-__all__ = ["load_part", "local_scores", "score_part"]
-
-
-@torch.inference_mode()
-def score_part(
-    part: TrainablePart,
-    public: PatientTensors,
-    names: list[str],
-    objective: Objective = OBJECTIVES["cross-entropy"],
-) -> dict[str, Scores]:
-    """Scores of ``part`` on public patients, for each of its specialties.
-
-    Args:
-        public: features; ``specialty`` counts ``names``, sorted.
-        objective: whose labels ``public`` holds.
-    """
-    logits = part(public.features)
-    figures = patient_scores if objective.labels == "one" else multi_label_scores
-    scores = {}
-    for name in sorted(logits):
-        rows = public.specialty == names.index(name)
-        scores[name] = figures(
-            logits[name][rows].double().numpy(), public.patient[rows].numpy(), public.label[rows].numpy()
-        )
-    return scores
+__all__ = ["alone", "centralised", "federated_openly", "load_part", "pool"]
 
 
-def local_scores(
-    contract: Contract,
-    backbone: Backbone,
-    site: str,
-    data: PatientTensors,
-    public: PatientTensors,
-    names: list[str],
-    *,
-    private: bool,
-) -> dict[str, Scores]:
+def alone(contract: Contract, backbone: Backbone, site: str, data: PatientTensors, *, private: bool) -> TrainablePart:
     """One site alone for as many steps as the federation takes, at the same epsilon or without DP.
 
-    For synthetic and public data only: these steps are compared, never released, so nothing is charged.
+    Args:
+        data: the site's training patients; ``specialty`` counts its own specialties, sorted.
     """
     agreed = contract.sites[site]
-    mine = {name: contract.specialties[name] for name in agreed.specialties}
-    part = build_trainable(backbone, mine, contract.training)
-    if not private:
-        promise = contract.promise.model_copy(update={"mode": "off"})
-        contract = contract.model_copy(update={"promise": promise})
-    start = part.shared()
+    part = build_trainable(backbone, {n: contract.specialties[n] for n in agreed.specialties}, contract.training)
+    steps = contract.rounds * contract.training.local_epochs
+    terms = contract if private else _open(contract)
+    with _one_thread():
+        local_steps(part, part.shared(), data, terms, agreed.nominal_patients, steps)
+    return part
+
+
+def centralised(contract: Contract, backbone: Backbone, data: Mapping[str, PatientTensors]) -> TrainablePart:
+    """One model on the patients of all sites in one place, for as many steps as the federation takes, without DP.
+
+    Args:
+        data: site → its training patients, as :func:`alone` takes them.
+    """
+    part = load_part(contract, backbone)
+    pooled = pool({site: data[site] for site in sorted(data)}, contract)
     steps = contract.rounds * contract.training.local_epochs
     with _one_thread():
-        local_steps(part, start, data, contract, agreed.nominal_patients, steps)
-    return score_part(part, public, names, resolve_objective(contract.promise.objective))
+        local_steps(part, part.shared(), pooled, _open(contract), pooled.patients, steps)
+    return part
+
+
+def federated_openly(contract: Contract, backbone: Backbone, data: Mapping[str, PatientTensors]) -> TrainablePart:
+    """The same federation without DP, by the contract's own rule: what the noise costs shows beside it.
+
+    In this process, and with every site in every round.
+
+    Args:
+        data: site → its training patients, as :func:`alone` takes them.
+    """
+    terms, whole = _open(contract), load_part(contract, backbone)
+    start = whole.shared()
+    delta = {name: torch.zeros_like(value) for name, value in start.items()}
+    sites = {
+        site: build_trainable(
+            backbone, {n: contract.specialties[n] for n in contract.sites[site].specialties}, contract.training
+        )
+        for site in sorted(data)
+    }
+    weights = {site: contract.sites[site].weight for site in sites}
+    memory: Memory = {}
+    with _one_thread():
+        for number in range(contract.rounds):
+            updates = []
+            for site, part in sites.items():
+                zero_shot = {name: start[name] for name in part.shared()}
+                began = {name: start[name] + delta[name] for name in zero_shot}
+                part.load_shared(began)
+                nominal = contract.sites[site].nominal_patients
+                local_steps(part, zero_shot, data[site], terms, nominal, contract.training.local_epochs)
+                change = {name: (value - began[name]).numpy() for name, value in part.shared().items()}
+                updates.append(Update(site, number, change))
+            step, memory = aggregate(updates, weights, contract.shapes, contract.aggregation, memory)
+            delta = {name: delta[name] + torch.from_numpy(step[name]) for name in delta}
+    whole.load_shared({name: start[name] + delta[name] for name in start})
+    return whole
+
+
+def pool(data: Mapping[str, PatientTensors], contract: Contract) -> PatientTensors:
+    """The patients of several sites as one set; ``specialty`` counts the contract's, sorted.
+
+    Patients of two sites are two patients: pseudonyms say nothing across sites.
+    """
+    names = sorted(contract.specialties)
+    features, patient, specialty, label, seen = [], [], [], [], 0
+    for site, mine in data.items():
+        place = torch.tensor([names.index(name) for name in sorted(contract.sites[site].specialties)])
+        features.append(mine.features)
+        patient.append(mine.patient + seen)
+        specialty.append(place[mine.specialty])
+        label.append(mine.label)
+        seen += mine.patients
+    return PatientTensors(torch.cat(features), torch.cat(patient), torch.cat(specialty), torch.cat(label))
+
+
+def _open(contract: Contract) -> Contract:
+    """The contract without DP."""
+    return contract.model_copy(update={"promise": contract.promise.model_copy(update={"mode": "off"})})
 
 
 @contextmanager

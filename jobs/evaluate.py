@@ -1,33 +1,44 @@
-"""``clinifed evaluate``: a global checkpoint, and zero-shot beside it, on a public test set."""
+"""``clinifed evaluate``: a checkpoint beside zero-shot, on public patients, or at a hospital on its held-out ones."""
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from pydantic import TypeAdapter
-from rich.table import Table
 
 from clinifed.config import Specialty, Training
-from clinifed.data.manifest import read_manifest
+from clinifed.data.manifest import Manifest, Record, read_manifest
 from clinifed.errors import DataError, ModelError
-from clinifed.executors.features import patient_tensors
-from clinifed.jobs.baselines import score_part
-from clinifed.load import validate
-from clinifed.models.adapters import GlobalModel, build_trainable
-from clinifed.models.backbone import load_backbone
-from clinifed.models.state import read_checkpoint
+from clinifed.evaluation.assessment import MIN_PATIENTS
+from clinifed.evaluation.relinkage import RANKS, linked, recall_at, reports_of
+from clinifed.evaluation.scoring import scores_of
+from clinifed.executors.features import patient_rows
+from clinifed.jobs.comparison import HOLDOUT, PUBLIC_TEST, compare, judge
+from clinifed.load import read_yaml, validate
+from clinifed.models.adapters import GlobalModel, TrainablePart, build_trainable
+from clinifed.models.backbone import Backbone, load_backbone
+from clinifed.models.state import Checkpoint, read_checkpoint
+from clinifed.policy import SitePolicy
 from clinifed.privacy.objectives import resolve_objective
+from clinifed.privacy.patients import PatientTensors
 
-__all__ = ["evaluate_checkpoint", "scores_table"]
+__all__ = ["STAYS", "evaluate_at_site", "evaluate_checkpoint"]
 
 _BATCH = 64  # images per forward pass; changes memory only
+STAYS = "stays at the site: these figures are of the hospital's own patients, exact and without noise"
+UNCHANGED = "heads alone were trained: the embedding, and so re-linkage, is the base model's"
 
 
-def evaluate_checkpoint(checkpoint: Path, test: Path | None, model_ref: str | None) -> dict[str, Any]:
-    """Scores by specialty of the checkpoint and of zero-shot.
+def evaluate_checkpoint(
+    checkpoint: Path, test: Path | None, model_ref: str | None, minimum: int = MIN_PATIENTS
+) -> dict[str, Any]:
+    """Figures by specialty of the checkpoint and of zero-shot on public patients, and how well images are re-linked.
 
     Args:
         test: manifest of public patients; by default the one the card names.
         model_ref: where the base model is, if not where the card says.
+        minimum: of patients, below which a figure of the comparison is suppressed.
 
     Raises:
         DataError: there is no test set, or it is a hospital's.
@@ -41,40 +52,117 @@ def evaluate_checkpoint(checkpoint: Path, test: Path | None, model_ref: str | No
         test = checkpoint / named
     manifest = read_manifest(test)
     if manifest.data_class == "hospital":
-        raise DataError(f"{test}: marked as a hospital's data; figures are reported on public or synthetic data only")
+        raise DataError(
+            f"{test}: marked as a hospital's data; figures are reported on public or synthetic data only. At the "
+            "hospital, `clinifed evaluate CHECKPOINT --site POLICY` tells it of its own held-out patients"
+        )
+    return _evaluate(read, manifest, None, None, model_ref, None, minimum)
+
+
+def evaluate_at_site(
+    checkpoint: Path, policy_file: Path, model_ref: str | None, minimum: int = MIN_PATIENTS
+) -> dict[str, Any]:
+    """The same on a site's own held-out patients, for the site alone: the report says that it stays there.
+
+    Args:
+        policy_file: the site's policy, which says where manifest, base model and cache are.
+        model_ref: where the base model is, if not where the policy or the card says.
+        minimum: of patients, below which a figure of the comparison is suppressed.
+
+    Raises:
+        DataError: no patient is held out.
+        ModelError: the base model is another one than the checkpoint was trained on.
+
+    Guarantees:
+        - Nothing is written but the site's own cache of embeddings, and nothing is sent.
+    """
+    policy = validate(SitePolicy, read_yaml(policy_file), str(policy_file))
+    manifest = read_manifest(policy.manifest)
+    if not any(record.split == "holdout" for record in manifest.records):
+        raise DataError(
+            f"{policy.manifest}: no patient is held out; `clinifed data index --holdout SHARE` makes a manifest in "
+            "which some are"
+        )
+    ref = model_ref or policy.model_ref
+    return _evaluate(read_checkpoint(checkpoint), manifest, policy.site, policy.cache, ref, "holdout", minimum)
+
+
+def _evaluate(
+    read: Checkpoint,
+    manifest: Manifest,
+    site: str | None,
+    cache: Path | None,
+    model_ref: str | None,
+    split: str | None,
+    minimum: int,
+) -> dict[str, Any]:
     base = read.card["base_model"]
     backbone = load_backbone(model_ref or base["ref"])
     if backbone.sha256 != base["sha256"]:
         raise ModelError(f"the base model is {backbone.sha256}, the checkpoint was trained on {base['sha256']}")
     every = TypeAdapter(dict[str, Specialty]).validate_python(read.card["specialties"])
-    names = sorted({r.specialty for r in manifest.records} & set(every))
-    training = validate(Training, read.card["training"], f"{checkpoint}: training")
+    names = sorted({r.specialty for r in manifest.records if split in (None, r.split)} & set(every))
+    if not names:
+        raise DataError(f"{manifest.path}: no image of {', '.join(sorted(every))}, which the checkpoint knows")
+    training = validate(Training, read.card["training"], f"{read.path}: training")
     objective = resolve_objective(read.card["objective"])
     start = build_trainable(backbone, every, training)
     trained = build_trainable(backbone, every, training, read.params)
-    public = patient_tensors(
+    patients, records = patient_rows(
         GlobalModel(backbone, start).eval(),
         backbone,
         manifest,
         {n: every[n] for n in names},
-        split=None,
+        split=split,
         batch_size=_BATCH,
-        cache=None,
+        cache=cache,
         objective=objective,
     )
-    zero_shot, federated = (score_part(part, public, names, objective) for part in (start, trained))
+    judged = judge(patients, names, site, {"zero_shot": start, "trained": trained}, {})
+    public, own = (judged, []) if site is None else (None, [judged])
+    before, after = (scores_of(judged.shared[key], patients, names, objective) for key in ("zero_shot", "trained"))
     return {
-        "checkpoint": str(checkpoint),
-        "test": {"sha256": manifest.sha256, "data_class": manifest.data_class},
-        "metrics": {n: {"zero_shot": zero_shot[n].to_dict(), "federated": federated[n].to_dict()} for n in names},
+        "checkpoint": str(read.path),
+        "test": {
+            "patients_of": PUBLIC_TEST if site is None else HOLDOUT,
+            "site": site,
+            "sha256": manifest.sha256,
+            "data_class": manifest.data_class,
+        },
+        "note": None if site is None else STAYS,
+        "metrics": {n: {"zero_shot": before[n].to_dict(), "federated": after[n].to_dict()} for n in names},
+        "comparison": compare(every, objective, "trained", public, own, minimum),
+        "relinkage": _relinkage(backbone, start, trained, patients, records),
     }
 
 
-def scores_table(report: dict[str, Any]) -> Table:
-    """The report as a table."""
-    table = Table("specialty", "patients", "zero-shot", "federated", "AUROC, zero-shot", "AUROC, federated")
-    for name, entry in report["metrics"].items():
-        figures = [entry[m][k] for k in ("balanced_accuracy", "auroc") for m in ("zero_shot", "federated")]
-        text = ["–" if f is None else f"{f:.3f}" for f in figures]
-        table.add_row(name, str(entry["federated"]["patients"]), *text)
-    return table
+@torch.inference_mode()
+def _relinkage(
+    backbone: Backbone, start: TrainablePart, trained: TrainablePart, patients: PatientTensors, records: list[Record]
+) -> dict[str, Any] | None:
+    """Image → own report among those of the set, by the base embedding and the trained one; None without captions."""
+    rows = [i for i, record in enumerate(records) if record.caption.strip()]
+    if not rows:
+        return None
+    whose = [records[i].patient for i in rows]
+    reports, own = reports_of(whose, [records[i].caption.strip() for i in rows])
+    texts = sorted(set(reports))  # each text once: equal texts must have equal embeddings
+    encoded = torch.cat([backbone.encode_text(texts[i : i + _BATCH]) for i in range(0, len(texts), _BATCH)]).numpy()
+    place = {text: i for i, text in enumerate(texts)}
+    gallery = encoded[[place[text] for text in reports]]
+
+    def told(part: TrainablePart) -> dict[str, Any]:
+        batches = [part.embed(patients.features[rows[i : i + _BATCH]]).numpy() for i in range(0, len(rows), _BATCH)]
+        return recall_at(linked(np.concatenate(batches), gallery, own), whose, len(reports))
+
+    changed = any(parameter.requires_grad for parameter in trained.trunk.parameters())
+    return {
+        "images": len(rows),
+        "patients": len(set(whose)),
+        "reports": len(reports),
+        "different_texts": len(texts),
+        "ranks": list(RANKS),
+        "base": told(start),
+        "trained": told(trained) if changed else None,
+        "note": None if changed else UNCHANGED,
+    }

@@ -15,104 +15,19 @@ import torch
 from clinifed.aggregators.checkpoint import write_checkpoint
 from clinifed.aggregators.run_state import RunState
 from clinifed.contract import Contract
-from clinifed.data.manifest import Manifest
-from clinifed.evaluation.metrics import Scores, mean_scores
-from clinifed.executors.features import patient_tensors
+from clinifed.evaluation.assessment import MIN_PATIENTS
 from clinifed.files import read_lines, write_json
-from clinifed.jobs.baselines import load_part, local_scores, score_part
+from clinifed.jobs.evaluate_run import evaluate_run
 from clinifed.jobs.prepare import PreparedData
-from clinifed.messages import Parameters
-from clinifed.models.adapters import GlobalModel
 from clinifed.models.backbone import Backbone
-from clinifed.models.state import apply_delta, read_checkpoint
+from clinifed.models.state import read_checkpoint
 from clinifed.policy import SitePolicy
 from clinifed.privacy.claims import claim_schema, make_claim
-from clinifed.privacy.engine import PatientTensors
 from clinifed.privacy.ledger import Ledger
-from clinifed.privacy.objectives import resolve_objective
 
-__all__ = ["evaluate_run", "finish_run", "save_checkpoint", "site_claims", "summarise", "summary_schema", "told_claims"]
+__all__ = ["finish_run", "save_checkpoint", "site_claims", "summarise", "summary_schema", "told_claims"]
 
 _SCHEMA = "summary.schema.json"
-
-
-def _features(
-    contract: Contract,
-    model: GlobalModel,
-    backbone: Backbone,
-    manifest: Manifest,
-    names: list[str],
-    split: str | None,
-    cache: Path | None,
-    views: int = 1,
-) -> PatientTensors:
-    return patient_tensors(
-        model,
-        backbone,
-        manifest,
-        {name: contract.specialties[name] for name in names},
-        split=split,
-        batch_size=contract.training.batch_size,
-        cache=cache,
-        objective=resolve_objective(contract.promise.objective),
-        views=views,
-    )
-
-
-def evaluate_run(
-    contract: Contract,
-    backbone: Backbone,
-    data: PreparedData,
-    policies: dict[str, SitePolicy],
-    delta: Parameters,
-    progress: Callable[[str], None],
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Metrics by specialty on the public test set, and the final parameters.
-
-    Without a public test set the metrics are empty. The local baselines need the sites' own images, so they are
-    made for data marked public or synthetic only; for a hospital's they stay null.
-    """
-    names = sorted(contract.specialties)
-    start_part = load_part(contract, backbone)
-    start = start_part.shared()
-    params = apply_delta(start, {name: torch.from_numpy(value) for name, value in delta.items()})
-    if data.test is None:
-        return {}, params
-    progress("evaluating on the public test set")
-    tested = sorted({r.specialty for r in data.test.records} & set(names))
-    model = GlobalModel(backbone, start_part).eval()  # only its frozen part is read here
-    public = _features(contract, model, backbone, data.test, tested, None, None)
-    objective = resolve_objective(contract.promise.objective)
-    zero_shot = score_part(start_part, public, tested, objective)
-    federated = score_part(load_part(contract, backbone, params), public, tested, objective)
-    alone: dict[bool, dict[str, dict[str, Scores]]] = {True: {}, False: {}}
-    if all(manifest.data_class != "hospital" for manifest in data.sites.values()):
-        progress("training every site alone, for comparison")
-        for site, manifest in data.sites.items():
-            mine = sorted(contract.sites[site].specialties)
-            views = contract.training.views
-            own = _features(contract, model, backbone, manifest, mine, "train", policies[site].cache, views)
-            modes = (True, False) if contract.promise.mode == "dp" else (False,)
-            for private in modes:
-                alone[private][site] = local_scores(contract, backbone, site, own, public, tested, private=private)
-    metrics: dict[str, Any] = {}
-    for name in tested:
-        entry: dict[str, Any] = {
-            "chance": 1 / len(contract.specialties[name].labels) if objective.labels == "one" else 0.5,
-            "zero_shot": zero_shot[name].to_dict(),
-            "local_only_dp": None,
-            "local_only": None,
-            "federated": federated[name].to_dict(),
-        }
-        for private, key in ((True, "local_only_dp"), (False, "local_only")):
-            by_site = {site: scores[name] for site, scores in alone[private].items() if name in scores}
-            if by_site:
-                entry[key] = {
-                    **{site: {"balanced_accuracy": s.balanced_accuracy} for site, s in by_site.items()},
-                    "mean": {"balanced_accuracy": mean_scores(by_site)},
-                }
-        metrics[name] = entry
-    return metrics, params
 
 
 def site_claims(contract: Contract, policies: dict[str, SitePolicy]) -> dict[str, dict[str, Any]]:
@@ -194,6 +109,7 @@ def summarise(
     rounds: list[dict[str, Any]],
     claims: Mapping[str, dict[str, Any] | None],
     metrics: dict[str, Any],
+    comparison: list[dict[str, Any]],
     wall_s: float,
 ) -> dict[str, Any]:
     """The summary of a finished run, checked against its schema."""
@@ -227,6 +143,7 @@ def summarise(
         "checkpoint": "checkpoint",
         "sites": sites,
         "metrics": metrics,
+        "comparison": comparison,
     }
     jsonschema.validate(summary, summary_schema())
     return summary
@@ -241,16 +158,18 @@ def finish_run(
     out: Path,
     started: float,
     progress: Callable[[str], None],
+    minimum: int = MIN_PATIENTS,
 ) -> dict[str, Any]:
     """Evaluate a finished run, and write ``out/checkpoint`` and ``out/summary.json``; returns the summary.
 
     Args:
         policies: of the sites that are on this machine, with their ledgers; of others, their last word counts.
         started: ``time.monotonic()`` at the beginning.
+        minimum: of patients, below which a figure of the comparison is suppressed.
     """
     claims = told_claims(contract, state.rounds) | site_claims(contract, policies)
-    metrics, params = evaluate_run(contract, backbone, data, policies, state.delta, progress)
-    summary = summarise(contract, backbone, policies, state.rounds, claims, metrics, time.monotonic() - started)
+    metrics, rows, params = evaluate_run(contract, backbone, data, policies, state.delta, progress, minimum)
+    summary = summarise(contract, backbone, policies, state.rounds, claims, metrics, rows, time.monotonic() - started)
     made = out / "checkpoint"
     if not made.exists() or read_checkpoint(made).card["job"] != state.run:  # a crash may have come in between
         save_checkpoint(made, contract, params, data, state.rounds, claims, metrics)

@@ -117,6 +117,7 @@ def prepare_data(
                 f"sites.{name}.specialties or add images"
                 for wanted in sorted(set(site.specialties) - {r.specialty for r in records})
             )
+    problems += _shared_images(manifests, sorted(federation.sites))
     if problems:
         raise DataError(*problems)
     return PreparedData(
@@ -124,6 +125,27 @@ def prepare_data(
         validation=manifests.get("public/validation"),
         test=manifests.get("public/test"),
     )
+
+
+def _shared_images(manifests: dict[str, Manifest], sites: list[str]) -> list[str]:
+    """What would make a figure of the public test set too good: its images among those that something is learned from.
+
+    By the images' hashes, so of files that are the same; images without a hash count as different.
+    """
+    if "public/test" not in manifests:
+        return []
+    test = {record.sha256 for record in manifests["public/test"].records if record.sha256}
+    problems = []
+    for name in ("public/validation", *sites):
+        if name not in manifests:
+            continue
+        learned = {r.sha256 for r in manifests[name].records if name not in sites or r.split == "train"}
+        if shared := len(learned & test):
+            problems.append(
+                f"{name}: {shared} of its images are in the public test set {manifests['public/test'].path} as well; "
+                "figures are told of images that nothing was learned from: remove them from one of the two"
+            )
+    return problems
 
 
 def _home(run: Path, site: str) -> Path:

@@ -6,11 +6,12 @@ from typing import Any
 from rich.table import Table
 
 from clinifed.export.speed import BATCHES, Measured
+from clinifed.jobs.report_comparison import comparison_tables
 
-__all__ = ["DISCLAIMER", "export_table", "ledger_tables", "metrics_table", "privacy_table", "speed_table"]
+__all__ = ["DISCLAIMER", "export_table", "ledger_tables", "privacy_table", "speed_table", "summary_tables"]
 
 DISCLAIMER = (
-    "Balanced accuracy by patient on the public test set, as it came out: no column is promised to win. "
+    "Figures are as they came out, on patients on whom nothing was decided: no column is promised to win. "
     "Synthetic phantoms prove the machinery, not medicine."
 )
 
@@ -19,16 +20,11 @@ def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
 
 
-def metrics_table(summary: dict[str, Any]) -> Table:
-    """Per specialty: chance, zero-shot, local-only (with and without DP), federated."""
-    table = Table(title="balanced accuracy")
-    for column in ("specialty", "chance", "zero-shot", "local only, DP", "local only, no DP", "federated"):
-        table.add_column(column, justify="left" if column == "specialty" else "right")
-    for name, entry in summary["metrics"].items():
-        alone = [entry[k]["mean"]["balanced_accuracy"] if entry[k] else None for k in ("local_only_dp", "local_only")]
-        values = [entry["chance"], entry["zero_shot"]["balanced_accuracy"], *alone]
-        table.add_row(name, *map(_percent, values), _percent(entry["federated"]["balanced_accuracy"]))
-    return table
+def summary_tables(summary: dict[str, Any]) -> list[Any]:
+    """What a run ends with: what the model is worth beside what else could be done, and what it cost in privacy."""
+    rows = summary.get("comparison", [])
+    candidate = next((key for key in ("federated_dp", "federated_no_dp") if rows and key in rows[0]["models"]), "")
+    return [*comparison_tables(rows, candidate), privacy_table(summary)]
 
 
 def privacy_table(summary: dict[str, Any]) -> Table:

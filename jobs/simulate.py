@@ -65,4 +65,5 @@ def _run(
     name = new_run()
     with simulator_process(contract, name, workspace, threads, log_file) as process:
         state = follow(process, contract, name, workspace, policies, progress, log_file)
-    return finish_run(contract, backbone, data, policies, state, run, started, progress)
+    least = federation.evaluation.min_patients
+    return finish_run(contract, backbone, data, policies, state, run, started, progress, least)

@@ -118,4 +118,5 @@ def resume(
     with RunChain(contract, content["run"], out, admin, per_job, progress, patience_s) as chain:
         state = chain.finish()
     backbone = load_backbone(federation.model.ref)
-    return finish_run(contract, backbone, data, dict(policies or {}), state, out, started, progress)
+    least = federation.evaluation.min_patients
+    return finish_run(contract, backbone, data, dict(policies or {}), state, out, started, progress, least)

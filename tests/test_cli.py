@@ -71,6 +71,13 @@ def test_an_error_ends_with_its_code_and_names_every_problem(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_report_is_of_public_patients_or_of_a_hospital_s_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", "checkpoint", "--site", "policy.yaml", "--test", "manifest.csv"])
+    assert ended.value.code == 2
+    assert "either --test MANIFEST" in capsys.readouterr().err
+
+
 def test_every_error_has_an_exit_code_of_its_family() -> None:
     tree = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.ClinifedError)]
     assert all(1 <= e.exit_code < 126 for e in tree)

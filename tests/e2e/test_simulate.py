@@ -122,6 +122,26 @@ def test_the_checkpoint_and_its_card_belong_together(smoke, clinifed):
     for name, scores in again["metrics"].items():
         assert scores["federated"] == pytest.approx(smoke.summary["metrics"][name]["federated"])
         assert scores["zero_shot"] == pytest.approx(smoke.summary["metrics"][name]["zero_shot"])
+    assert again["note"] is None
+    assert again["relinkage"]["trained"] is None, "heads leave the embedding as it was"
+    assert again["relinkage"]["base"]["1"]["value"] > again["relinkage"]["base"]["1"]["chance"]
+
+
+def test_every_model_is_compared_on_the_public_test_set_per_specialty_and_site(smoke):
+    rows = {(r["specialty"], r["site"]): r for r in smoke.summary["comparison"]}
+    wanted = {(name, site) for site, plan in PLAN["sites"].items() for name in plan["specialties"]}
+    assert set(rows) == wanted | {(name, None) for name, _ in wanted}
+    for (name, site), row in rows.items():
+        entry, models = smoke.summary["metrics"][name], row["models"]
+        assert set(models) == {
+            "zero_shot", "local_only", "local_only_dp", "centralised", "federated_no_dp", "federated_dp"
+        }  # fmt: skip
+        told = {key: models[key]["balanced_accuracy"]["value"] for key in models}
+        assert told["federated_dp"] == pytest.approx(entry["federated"]["balanced_accuracy"])
+        alone = entry["local_only_dp"][site or "mean"]["balanced_accuracy"]
+        assert told["local_only_dp"] == pytest.approx(alone)
+        figure = models["federated_dp"]["auroc"]
+        assert figure["low"] <= figure["value"] <= figure["high"]
 
 
 def test_no_patient_is_named_in_what_a_run_says_or_keeps_outside_its_data(smoke):

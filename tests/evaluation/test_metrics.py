@@ -16,8 +16,8 @@ from clinifed.evaluation.metrics import (
     multi_label_scores,
     patient_scores,
 )
+from clinifed.evaluation.scoring import score_part
 from clinifed.executors.features import patient_tensors
-from clinifed.jobs.baselines import score_part
 from clinifed.models.adapters import GlobalModel, build_trainable
 from clinifed.models.backbone import load_backbone
 from clinifed.privacy.objectives import OBJECTIVES

@@ -14,6 +14,8 @@ from clinifed.policy import Budget, SitePolicy
 from clinifed.privacy.ledger import Ledger
 from clinifed.signing import make_signing_key
 
+from .studied import Studied, study
+
 SITES = ("alder", "birch", "cedar-2")
 
 
@@ -74,3 +76,9 @@ def fill_in() -> Callable[..., SitePolicy]:
         return policy
 
     return fill
+
+
+@pytest.fixture(scope="session")
+def studied(tmp_path_factory: pytest.TempPathFactory) -> Studied:
+    """What the end of a run has at hand; made once."""
+    return study(tmp_path_factory.mktemp("study"))

@@ -3,7 +3,7 @@
 import pytest
 from rich.console import Console
 
-from clinifed.jobs.report import export_table, metrics_table, privacy_table
+from clinifed.jobs.report import export_table, privacy_table, summary_tables
 
 CLAIM = {
     "epsilon": 2.5,
@@ -25,15 +25,7 @@ SUMMARY = {
             "privacy": {**CLAIM, "epsilon": None, "budget_epsilon": None, "ledger_head": None},
         },
     },
-    "metrics": {
-        "radiology": {
-            "chance": 0.5,
-            "zero_shot": {"balanced_accuracy": 0.61},
-            "local_only_dp": {"mean": {"balanced_accuracy": 0.62}},
-            "local_only": None,
-            "federated": {"balanced_accuracy": 0.63},
-        }
-    },
+    "comparison": [],
 }
 PARITY = {"cosine_mean": None, "top1_agreement": 0.5}
 EXPORT = {
@@ -49,7 +41,7 @@ EXPORT = {
 @pytest.mark.parametrize(
     ("table", "texts"),
     [
-        (metrics_table(SUMMARY), ["radiology", "50.0 %", "61.0 %", "62.0 %", "–", "63.0 %"]),
+        (summary_tables(SUMMARY)[-1], ["alder", "birch"]),
         (
             privacy_table(SUMMARY),
             [
@@ -67,7 +59,7 @@ EXPORT = {
         ),
         (export_table(EXPORT), ["int8", "2.00 MB", "–", "cosine_mean is nan", "5.00 MB", "packed", "100.0 %"]),
     ],
-    ids=["metrics", "privacy", "export"],
+    ids=["summary", "privacy", "export"],
 )
 def test_a_table_shows_every_figure_and_what_is_missing(table, texts) -> None:
     console = Console(width=160)
