@@ -19,7 +19,7 @@ from clinifed.data.dataset import Batch, iter_pixels, patients
 from clinifed.data.manifest import Manifest, Record
 from clinifed.errors import DataError
 from clinifed.files import canonical_json, file_sha256, sha256_of
-from clinifed.models.adapters import GlobalModel
+from clinifed.models.adapters import FrozenPart, GlobalModel
 from clinifed.models.backbone import Backbone
 from clinifed.models.embedding import embed_images
 from clinifed.models.shards import Shards
@@ -39,7 +39,7 @@ _MODELS = ("open_clip_torch", "timm", "torch")
 
 
 def patient_tensors(
-    model: GlobalModel,
+    model: GlobalModel | FrozenPart,
     backbone: Backbone,
     manifest: Manifest,
     specialties: Mapping[str, Specialty],
@@ -149,7 +149,7 @@ def _unchanged(manifest: Manifest, batches: Iterable[Batch], contents: Mapping[s
             yield batch
 
 
-def _space(model: GlobalModel, backbone: Backbone) -> dict[str, object]:
+def _space(model: GlobalModel | FrozenPart, backbone: Backbone) -> dict[str, object]:
     """All that a row of features depends on besides the image and its view."""
     return {
         "clinifed": __version__,

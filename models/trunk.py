@@ -132,7 +132,7 @@ def _sharing(module: Any) -> Any:
 
 
 def _tail(backbone: Backbone, first: int, training: Training) -> Tail:
-    visual = backbone.model.visual
+    visual = backbone.visual
     trunk: Any = getattr(visual, "trunk", None)
     if type(trunk).__name__ != "VisionTransformer" or trunk.attn_pool is not None:
         raise ModelError(
@@ -153,7 +153,7 @@ def _low_rank(backbone: Backbone, training: Training) -> Trunk:
 
 
 def _last_blocks(backbone: Backbone, training: Training) -> Trunk:
-    tail = _tail(backbone, len(backbone.model.visual.trunk.blocks) - training.blocks, training)
+    tail = _tail(backbone, len(backbone.visual.trunk.blocks) - training.blocks, training)
     for parameter_owner in tail.blocks.modules():
         for name, parameter in list(parameter_owner.named_parameters(recurse=False)):
             setattr(parameter_owner, name, nn.Parameter(parameter.detach().clone()))
