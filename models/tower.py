@@ -138,7 +138,7 @@ def _without_values() -> Iterator[None]:
         register(module, name, parameter)
 
     with _building:
-        nn.Module.register_parameter = registered  # type: ignore[method-assign]
+        nn.Module.register_parameter = registered  # type: ignore[assignment, method-assign]
         try:
             yield
         finally:
