@@ -86,17 +86,6 @@ def site(folder: Path, round_number: int) -> dict[str, Any]:
     return {"sha256": backbone.sha256, "loaded": backbone.loaded, "round": update.round}
 
 
-WAYS = {
-    "prepare": prepare,
-    "imports": imports,
-    "open_clip": open_clip_itself,
-    "load": load,
-    "first": partial(site, round_number=0),
-    "images": partial(site, round_number=1),
-    "cached": partial(site, round_number=2),
-}
-
-
 def prepare(folder: Path) -> dict[str, Any]:
     """A hospital, its policy, and a contract over a base model of real size, which is made where there is none."""
     from real_size import make_base
@@ -117,6 +106,17 @@ def prepare(folder: Path) -> dict[str, Any]:
     (folder / "contract.json").write_text(contract.model_dump_json())
     (folder / "policy.json").write_text(policy.model_dump_json())
     return {}
+
+
+WAYS = {
+    "prepare": prepare,
+    "imports": imports,
+    "open_clip": open_clip_itself,
+    "load": load,
+    "first": partial(site, round_number=0),
+    "images": partial(site, round_number=1),
+    "cached": partial(site, round_number=2),
+}
 
 
 def measured(way: str, folder: Path) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Backbone:
     Args:
         files: where it is.
         identity: what it is, where that is known already; its weights are then loaded when they are needed.
-        kept: where its identity is kept.
+        kept: where its identity is kept, with the first prompts; a job that is refused before leaves nothing.
 
     Guarantees:
         - Weights that are loaded later have the hash that was told before, or nothing is computed with them.
@@ -58,8 +58,6 @@ class Backbone:
             self._tokenizer = load_tokenizer(files)  # wrong ones are refused before the weights are read
             self._tower = load_tower(files)
             identity = Identity(self._tower.sha256, self._tower.preprocess, self._tower.parameter_bytes)
-            if kept is not None:
-                kept.write(identity)
         self._identity = identity
 
     @property

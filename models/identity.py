@@ -47,33 +47,39 @@ class KeptIdentity:
     """The file that keeps an identity.
 
     Args:
-        folder: the embedding cache, its owner's alone; made where it is absent.
+        folder: the embedding cache, its owner's alone; made with the first identity that is kept.
         files: SHA-256 of each of the model's files, by name.
         versions: of the libraries that read them.
 
     Guarantees:
         - What :meth:`read` gives was written in this folder for the same files and versions, or it is not given:
           the content carries a keyed hash (HMAC-SHA256 under the folder's own key).
-
-    Raises:
-        DataError: others than the owner may enter the folder, or it cannot be used.
     """
 
     def __init__(self, folder: Path, files: Mapping[str, str], versions: Mapping[str, str | None]) -> None:
-        self._key = folder_key(folder)
+        self._folder = folder
         self._of = canonical_json({"schema": _SCHEMA, "files": dict(files), "versions": dict(versions)})
-        self.path = folder / f"base-{self._hmac(b'name').hex()[:32]}.json"
 
-    def _hmac(self, content: bytes) -> bytes:
-        return hmac.new(self._key, b"identity|" + sha256(self._of).digest() + content, sha256).digest()
+    def _hmac(self, key: bytes, content: bytes) -> bytes:
+        return hmac.new(key, b"identity|" + sha256(self._of).digest() + content, sha256).hexdigest().encode()
+
+    def _path(self, key: bytes) -> Path:
+        return self._folder / f"base-{self._hmac(key, b'name')[:32].decode()}.json"
 
     def read(self) -> Identity | None:
-        """The identity, or None where there is none or the file is damaged."""
+        """The identity, or None where there is none or the file is damaged.
+
+        Raises:
+            DataError: others than the owner may enter the folder, or it cannot be used.
+        """
+        if not self._folder.exists():
+            return None
+        key = folder_key(self._folder)
         try:
-            stated, _, body = self.path.read_bytes().partition(b"\n")
+            stated, _, body = self._path(key).read_bytes().partition(b"\n")
         except OSError:
             return None
-        if not hmac.compare_digest(stated, self._hmac(body).hex().encode()):
+        if not hmac.compare_digest(stated, self._hmac(key, body)):
             log.warning("what was kept of the base model is damaged; the model is loaded instead")
             return None
         content = json.loads(body)
@@ -86,16 +92,20 @@ class KeptIdentity:
         )
 
     def write(self, identity: Identity) -> None:
-        """Keep ``identity``; a disk that takes no more costs time at the next start, nothing else."""
+        """Keep ``identity``; a disk that takes no more costs time at the next start, nothing else.
+
+        Raises:
+            DataError: others than the owner may enter the folder, or it cannot be used.
+        """
         content = {
             "sha256": identity.sha256,
             "preprocess": asdict(identity.preprocess),
             "parameter_bytes": identity.parameter_bytes,
             "prompts": {name: _text(rows) for name, rows in identity.prompts.items()},
         }
-        body = canonical_json(content)
+        body, key = canonical_json(content), folder_key(self._folder)
         try:
-            write_atomic(self.path, self._hmac(body).hex().encode() + b"\n" + body, OWNER_ONLY)
+            write_atomic(self._path(key), self._hmac(key, body) + b"\n" + body, OWNER_ONLY)
         except OSError as error:
             log.warning("the disk takes no more of the embedding cache (%s); the model is not kept", error.strerror)
 
