@@ -31,9 +31,10 @@ OUTLIERS, FACTOR = 6, 40.0  # channels of every LayerNorm, and how much larger; 
 def make_base(folder: Path, *, outliers: bool = False) -> str:
     """BiomedCLIP's architecture (ViT-B/16, PubMedBERT, 512 dimensions) with random weights; returns its reference."""
     (folder / "text").mkdir(parents=True)
-    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
-        shutil.copyfile(TINY / name, folder / name)
-    BertConfig().to_json_file(folder / "text" / "config.json", use_diff=False)
+    shutil.copyfile(TINY / "tokenizer_config.json", folder / "tokenizer_config.json")
+    text_tower = BertConfig()
+    text_tower.to_json_file(folder / "text" / "config.json", use_diff=False)
+    make_vocabulary(folder, text_tower.vocab_size)
     config = json.loads((TINY / "open_clip_config.json").read_text())
     vision = {"timm_model_name": "vit_base_patch16_224", "image_size": 224}
     config["model_cfg"]["embed_dim"] = 512
@@ -48,6 +49,16 @@ def make_base(folder: Path, *, outliers: bool = False) -> str:
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
     return f"local-dir:{folder}"
+
+
+def make_vocabulary(folder: Path, size: int) -> None:
+    """The tiny model's words, and as many that nobody says as PubMedBERT has more."""
+    words = (TINY / "vocab.txt").read_text().split()
+    words += [f"[unused{number}]" for number in range(size - len(words))]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    content = json.loads((TINY / "tokenizer.json").read_text())
+    content["model"]["vocab"] = {word: number for number, word in enumerate(words)}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
 
 
 @torch.no_grad()

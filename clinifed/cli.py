@@ -16,6 +16,7 @@ from clinifed.cli_data_check import add_check_verbs
 from clinifed.cli_deidentify import add_deidentify
 from clinifed.cli_export import add_export_verbs
 from clinifed.cli_federation import add_federation_verbs, spelled_out
+from clinifed.cli_models import add_models_verbs
 from clinifed.cli_privacy import add_privacy_verbs
 from clinifed.errors import INTERRUPTED, ClinifedError, ConfigError
 
@@ -195,6 +196,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     privacy_parser = verbs.add_parser("privacy", help="plan, lint, audit, and the budget ledger")
     add_privacy_verbs(privacy_parser.add_subparsers(title="verbs", required=True, metavar="VERB"), verb)
+
+    models_parser = verbs.add_parser("models", help="base models as directories that need no network")
+    add_models_verbs(models_parser.add_subparsers(title="verbs", required=True, metavar="VERB"), verb)
 
     data_parser = verbs.add_parser("data", help="images and manifests of one site")
     data = data_parser.add_subparsers(title="verbs", required=True, metavar="VERB")

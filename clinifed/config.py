@@ -84,7 +84,7 @@ class Specialty(_Settings):
 class Model(_Settings):
     """The frozen base model."""
 
-    ref: str = "tiny"  # tiny | local-dir:PATH | hf-hub:OWNER/NAME
+    ref: str = "tiny"  # tiny | local-dir:PATH | hf-hub:OWNER/NAME@COMMIT
 
 
 class Training(_Settings):

@@ -69,7 +69,7 @@ class _Site:
         self.contract = Contract.model_validate(first["contract"])
         self.policy = SitePolicy.model_validate(first["policy"])
         self.job, self.coordinator = first["job"], first["coordinator"]
-        self.backbone = load_backbone(self.policy.model_ref or self.contract.base_model.ref)
+        self.backbone = load_backbone(self.policy.model_ref or self.contract.base_model.ref, self.policy.cache)
         self.trainer: Any = None
 
     def answer(self, frame: Frame) -> tuple[dict[str, Any], bytes]:

@@ -14,7 +14,7 @@ from clinifed.errors import ModelError, UpdateError
 from clinifed.executors.features import patient_tensors
 from clinifed.executors.release import Releases, check_contract
 from clinifed.messages import Parameters, Update, allowed_names, projected
-from clinifed.models.adapters import GlobalModel, TrainablePart, build_trainable
+from clinifed.models.adapters import FrozenPart, TrainablePart, build_trainable
 from clinifed.models.backbone import Backbone, load_backbone
 from clinifed.models.state import apply_delta
 from clinifed.policy import SitePolicy
@@ -61,7 +61,7 @@ class SiteTrainer:
         policy: what the site permits.
         job: the run's name; a run may take several FLARE jobs, and its releases stay the same in each.
         coordinator: who submitted it, by FLARE's word.
-        backbone: the base model, where the caller has loaded it already.
+        backbone: the base model, where the caller has loaded it already; it loses its text tower.
 
     Guarantees:
         - Every release is charged to the ledger before its noise is drawn.
@@ -79,7 +79,7 @@ class SiteTrainer:
         check_contract(contract, policy, coordinator, manifest.data_class)
         if contract.promise.mode == "dp":
             self_test()
-        backbone = backbone or load_backbone(policy.model_ref or contract.base_model.ref)
+        backbone = backbone or load_backbone(policy.model_ref or contract.base_model.ref, policy.cache)
         if backbone.sha256 != contract.base_model.sha256:
             raise ModelError(
                 f"site {policy.site} holds base model {backbone.sha256}, the contract wants "
@@ -91,11 +91,11 @@ class SiteTrainer:
         mine = {name: contract.specialties[name] for name in sorted(site.specialties)}
         training = contract.training
         self.objective = resolve_objective(contract.promise.objective)
-        self.part = build_trainable(backbone, mine, training)
+        self.part = build_trainable(backbone, mine, training).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        backbone.free_text()  # its prompts are in the heads now
         self.start = self.part.shared()
-        model = GlobalModel(backbone, self.part).eval().to("cuda" if torch.cuda.is_available() else "cpu")
         self.data = patient_tensors(
-            model,
+            FrozenPart(backbone, self.part),
             backbone,
             manifest,
             mine,

@@ -15,7 +15,7 @@ from clinifed.models.backbone import Backbone
 from clinifed.models.heads import build_heads, zero_shot_heads
 from clinifed.models.trunk import Trunk, build_trunk
 
-__all__ = ["GlobalModel", "TrainablePart", "build_trainable"]
+__all__ = ["FrozenPart", "GlobalModel", "TrainablePart", "build_trainable"]
 
 
 class TrainablePart(nn.Module):
@@ -70,7 +70,7 @@ class GlobalModel(nn.Module):
 
     def __init__(self, backbone: Backbone, part: TrainablePart) -> None:
         super().__init__()
-        self.visual: Any = backbone.model.visual  # open_clip's TimmModel
+        self.visual: Any = backbone.visual  # open_clip's TimmModel
         self.part = part
 
     def features(self, pixels: Tensor) -> Tensor:
@@ -81,6 +81,17 @@ class GlobalModel(nn.Module):
         """Embedding (B, D), L2-normalised, and logits {specialty: (B, K)}."""
         embedding = self.part.embed(self.features(pixels))
         return embedding, {name: head(embedding) for name, head in self.part.heads.items()}
+
+
+class FrozenPart:
+    """Pixels → features, as :class:`GlobalModel` makes them; the image tower is loaded with the first pixels."""
+
+    def __init__(self, backbone: Backbone, part: TrainablePart) -> None:
+        self._backbone, self.part = backbone, part
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """The features (B, …) that the trainable part reads."""
+        return self.part.trunk.frozen(self._backbone.visual.to(pixels.device), pixels)
 
 
 def build_trainable(

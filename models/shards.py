@@ -24,13 +24,14 @@ from torch import Tensor
 from clinifed.errors import DataError
 from clinifed.files import OWNER_ONLY, canonical_json, write_atomic
 
-__all__ = ["LIMIT_BYTES", "Shard", "Shards", "Wiped", "row_bytes", "wipe"]
+__all__ = ["LIMIT_BYTES", "Shard", "Shards", "Wiped", "folder_key", "row_bytes", "wipe"]
 
 LIMIT_BYTES = 8 << 30  # of all shards of a folder; the least recently used go first
 _KEY = "cache.key"
 _KEY_BYTES = _ROW_BYTES = 32  # SHA-256
 _SHARD = re.compile(r"^([0-9a-f]{16})-[0-9a-f]{32}\.safetensors$")
 _EARLIER = re.compile(r"^[0-9a-f]{32}\.safetensors$")  # one file per manifest, before there were shards
+_IDENTITY = re.compile(r"^base-[0-9a-f]{32}\.json$")  # of `KeptIdentity`
 _TEMPORARY = re.compile(r"^\.(.+)\.[0-9]+\.tmp$")  # of `write_atomic`
 _ABANDONED_S = 3600.0  # a temporary file so old is a dead process's
 _SHOWN = 3  # names in one message
@@ -61,13 +62,7 @@ class Shards:
     def __init__(self, folder: Path, space: Mapping[str, object], limit_bytes: int = LIMIT_BYTES) -> None:
         self.folder, self._limit = folder, limit_bytes
         self.damaged = 0  # shards that were dropped
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if folder.stat().st_mode & 0o077:
-                raise DataError(f"{folder}: the embedding cache must be its owner's alone; say chmod 700")
-            self._key = _folder_key(folder)
-        except OSError as error:
-            raise DataError(f"{folder}: the embedding cache cannot be used ({error.strerror})") from error
+        self._key = folder_key(folder)
         self._space = canonical_json(space)
         self._tag = self._hmac(b"space", self._space)[:8].hex()
         self._used: set[str] = set()
@@ -154,7 +149,7 @@ class Shard:
 @dataclass(frozen=True)
 class _Entry:
     path: Path
-    kind: str  # shard, key, temporary, other
+    kind: str  # shard, identity, key, temporary, other
     size: int
     modified: float  # s since 1970
 
@@ -177,13 +172,30 @@ def _entries(folder: Path) -> list[_Entry]:
 def _kind(name: str) -> str:
     if _SHARD.match(name) or _EARLIER.match(name):
         return "shard"
+    if _IDENTITY.match(name):
+        return "identity"
     if name == _KEY:
         return "key"
     inner = _TEMPORARY.match(name)
     return "temporary" if inner and _kind(inner[1]) != "other" else "other"
 
 
-def _folder_key(folder: Path) -> bytes:
+def folder_key(folder: Path) -> bytes:
+    """The secret of an embedding cache; folder and secret are made where they are absent.
+
+    Raises:
+        DataError: others than the owner may enter the folder, or it cannot be used.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if folder.stat().st_mode & 0o077:
+            raise DataError(f"{folder}: the embedding cache must be its owner's alone; say chmod 700")
+        return _secret(folder)
+    except OSError as error:
+        raise DataError(f"{folder}: the embedding cache cannot be used ({error.strerror})") from error
+
+
+def _secret(folder: Path) -> bytes:
     """The folder's secret; made whole where there is none, by whichever process comes first."""
     path = folder / _KEY
     while True:
@@ -219,7 +231,7 @@ class Wiped:
 
 
 def wipe(folder: Path) -> Wiped:
-    """Remove the shards and the key in ``folder``, and then the folder itself.
+    """Remove the shards, what is kept of base models and the key in ``folder``, and then the folder itself.
 
     The files are unlinked. Their bytes may outlast that, on an SSD above all, and nothing that a program writes over
     them changes it; where that matters the disk must be encrypted.

@@ -134,7 +134,7 @@ def _sharing(module: Any) -> Any:
 
 
 def _tail(backbone: Backbone, first: int, training: Training) -> Tail:
-    visual = backbone.model.visual
+    visual = backbone.visual
     trunk: Any = getattr(visual, "trunk", None)
     if type(trunk).__name__ != "VisionTransformer" or trunk.attn_pool is not None:
         raise ModelError(
@@ -155,7 +155,7 @@ def _low_rank(backbone: Backbone, training: Training) -> Trunk:
 
 
 def _last_blocks(backbone: Backbone, training: Training) -> Trunk:
-    tail = _tail(backbone, len(backbone.model.visual.trunk.blocks) - training.blocks, training)
+    tail = _tail(backbone, len(backbone.visual.trunk.blocks) - training.blocks, training)
     _set_free(tail.blocks)
     return tail
 

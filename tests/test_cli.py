@@ -29,7 +29,7 @@ def test_the_verbs_are_those_the_readme_shows() -> None:
     shown = set(
         re.findall(
             r"clinifed (demo|simulate|export|evaluate|job|poc|provision|preflight|submit|status"
-            r"|verify|inspect|bench|keys \w+|data \w+|privacy +\w+)\b",
+            r"|verify|inspect|bench|keys \w+|data \w+|models \w+|privacy +\w+)\b",
             (ROOT / "README.md").read_text(),
         )
     )

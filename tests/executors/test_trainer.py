@@ -315,3 +315,18 @@ def test_an_update_longer_than_the_contracts_bound_is_projected_and_not_refused(
 def test_an_update_within_the_bound_is_sent_as_it_was_made(contract, train):
     update = train().train(0, zeros(contract))
     assert update_norm(update.params) < contract.sites["alder"].norm_bound * (1 - 1e-5)
+
+
+def test_a_site_whose_images_are_in_the_cache_needs_no_tower(contract, train, monkeypatch):
+    """Neither for its embeddings, nor for its heads: both are those of the first start."""
+    first = train()
+
+    def loads(*args, **kwargs):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("clinifed.models.backbone.load_tower", loads)
+    monkeypatch.setattr("clinifed.models.backbone.load_tokenizer", loads)
+    again = train()
+    assert again.data.features.equal(first.data.features)
+    assert all(again.start[name].equal(value) for name, value in first.start.items())
+    check_update(again.train(0, zeros(contract)), contract, 0, False, JOB)
