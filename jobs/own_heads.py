@@ -4,6 +4,7 @@ Trained on the hospital's patients without noise, by the engine's plain step and
 w ← w − η∇L(w), then w ← w − s·(w − w₀), whose fixed point minimises L(w) + s / (2η(1 − s))·‖w − w₀‖².
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +26,7 @@ VARIANTS = (*(f"in-house, pull {s:g}" for s in _PULLS), *(f"global with {a:.0%} 
 # η = 1/L: the Hessian of softmax cross-entropy in (W, b) is at most ½·(‖x‖² + 1) = 1 for an embedding of norm 1
 # (Böhning 1992), that of sigmoid losses ¼·(‖x‖² + 1), so that no step overshoots, whatever the data.
 _RATE = 1.0
-_STEPS = 300  # (1 − 0.003)^300 = 0.4: even the weakest pull has acted
+_MOST_STEPS = 300  # (1 − 0.003)^300 = 0.4: even the weakest pull has acted
 _BATCH = 1 << 16  # embeddings per physical batch: a kilobyte or two each
 
 
@@ -67,12 +68,17 @@ def candidates(zero_shot: Head, common: Head, data: PatientTensors, recipe: Reci
     torch.set_num_threads(1)  # the steps are small: threads that wait for each other cost more than they give
     try:
         local = _trained(zero_shot, data, recipe.objective, recipe.learning_rate, recipe.steps, recipe.pull)
-        pulled = [_trained(common, data, recipe.objective, _RATE, _STEPS, s) for s in _PULLS]
+        pulled = [_trained(common, data, recipe.objective, _RATE, _steps(s), s) for s in _PULLS]
     finally:
         torch.set_num_threads(threads)
     mixed = [common.mixed(local, share) for share in _MIXTURES]
     named = {ZERO_SHOT: zero_shot, GLOBAL: common, LOCAL_ONLY: local}
     return named | dict(zip(VARIANTS, [*pulled, *mixed], strict=True))
+
+
+def _steps(pull: float) -> int:
+    """Until a pull has taken back all but e⁻⁵ of a first step, (1 − s)^(5/s); it converges at least so fast."""
+    return min(_MOST_STEPS, math.ceil(5 / pull))
 
 
 def _trained(start: Head, data: PatientTensors, objective: Objective, rate: float, steps: int, pull: float) -> Head:
