@@ -18,6 +18,7 @@ from clinifed.cli_export import add_export_verbs
 from clinifed.cli_federation import add_federation_verbs, spelled_out
 from clinifed.cli_models import add_models_verbs
 from clinifed.cli_privacy import add_privacy_verbs
+from clinifed.cli_training import add_training_verbs
 from clinifed.errors import INTERRUPTED, ClinifedError, ConfigError
 
 __all__ = ["build_parser", "main"]
@@ -193,6 +194,7 @@ def build_parser() -> argparse.ArgumentParser:
     job.add_argument("--workspace", type=Path, help="also prepare data and a workspace for `nvflare simulator`")
 
     add_federation_verbs(verbs, verb)
+    add_training_verbs(verb)
 
     privacy_parser = verbs.add_parser("privacy", help="plan, lint, audit, and the budget ledger")
     add_privacy_verbs(privacy_parser.add_subparsers(title="verbs", required=True, metavar="VERB"), verb)

@@ -163,7 +163,7 @@ def _touched(args: argparse.Namespace, console: _Console) -> None:
     from clinifed.jobs.withdrawal import touched_by
 
     identity = sys.stdin.readline().rstrip("\n")  # on a command line it would stay in the shell's history
-    found = touched_by(identity, args.policy, args.issuer, args.card or ())
+    found = touched_by(identity, args.policy, args.issuer, args.card or (), withdraw=args.withdraw)
     lines = [
         f"job {t.job}: {len(t.rounds)} releases; models: {', '.join(t.checkpoints) or 'none of those given'}"
         for t in found
@@ -200,6 +200,7 @@ def add_privacy_verbs(privacy: Any, verb: Callable[..., argparse.ArgumentParser]
     touched.add_argument("--policy", type=Path, required=True, help="the site's policy file")
     touched.add_argument("--issuer", default="", help="IssuerOfPatientID, where the records have one")
     touched.add_argument("--card", type=Path, action="append", help="card.json of a checkpoint; repeatable")
+    touched.add_argument("--withdraw", action="store_true", help="and leave the patient out of all later training")
     group = privacy.add_parser("ledger", help="the site's budget ledger").add_subparsers(
         title="verbs", required=True, metavar="VERB"
     )

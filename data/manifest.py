@@ -7,8 +7,8 @@ import os
 import re
 import secrets
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Collection, Sequence
+from dataclasses import astuple, dataclass, fields, replace
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Literal, cast
@@ -28,6 +28,7 @@ __all__ = [
     "read_manifest",
     "site_key",
     "split_of",
+    "without_patients",
     "write_manifest",
 ]
 
@@ -121,6 +122,20 @@ def changed_images(manifest: Manifest) -> tuple[Record, ...]:
             return False
 
     return tuple(record for record in manifest.records if not holds(record))
+
+
+def without_patients(manifest: Manifest, patients: Collection[str]) -> Manifest:
+    """The same manifest without the images of ``patients``, for instance of those who withdrew consent.
+
+    Raises:
+        DataError: no image is left.
+    """
+    kept = tuple(record for record in manifest.records if record.patient not in patients)
+    if len(kept) == len(manifest.records):
+        return manifest
+    if not kept:
+        raise DataError(f"{manifest.path}: every patient withdrew; a site without images cannot take part")
+    return replace(manifest, records=kept, content_sha256=content_sha256(kept))
 
 
 def write_manifest(path: Path, records: Sequence[Record], data_class: DataClass) -> Manifest:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clinifed.contract import Contract
-from clinifed.data.manifest import read_manifest
+from clinifed.data.manifest import read_manifest, without_patients
 from clinifed.errors import ModelError, UpdateError
 from clinifed.executors.features import patient_tensors
 from clinifed.executors.release import Releases, check_contract
@@ -22,6 +22,7 @@ from clinifed.privacy.engine import Mechanism, PatientTensors, mean_loss, plain_
 from clinifed.privacy.objectives import label_counts, resolve_objective
 from clinifed.privacy.patients import rows_per_batch
 from clinifed.privacy.self_test import self_test
+from clinifed.privacy.withdrawn import Withdrawn
 
 __all__ = ["SiteTrainer", "local_steps"]
 
@@ -62,6 +63,8 @@ class SiteTrainer:
         job: the run's name; a run may take several FLARE jobs, and its releases stay the same in each.
         coordinator: who submitted it, by FLARE's word.
         backbone: the base model, where the caller has loaded it already; it loses its text tower.
+        start: what a global delta counts from, and what ``training.pull`` draws towards; default: zero-shot. It must
+            be public: noised already, or made without patients.
 
     Guarantees:
         - Every release is charged to the ledger before its noise is drawn.
@@ -69,13 +72,20 @@ class SiteTrainer:
           policy does not declare.
         - A contract beyond the policy, or a budget that does not pay, is refused before any image is read.
         - Under differential privacy the noise is tested, without data, before anything is charged.
+        - No image of a patient who withdrew is read, whatever the manifest lists.
     """
 
     def __init__(
-        self, contract: Contract, policy: SitePolicy, job: str, coordinator: str, backbone: Backbone | None = None
+        self,
+        contract: Contract,
+        policy: SitePolicy,
+        job: str,
+        coordinator: str,
+        backbone: Backbone | None = None,
+        start: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.contract, self.policy = contract, policy
-        manifest = read_manifest(policy.manifest)
+        manifest = without_patients(read_manifest(policy.manifest), Withdrawn.of(policy).patients())
         check_contract(contract, policy, coordinator, manifest.data_class)
         if contract.promise.mode == "dp":
             self_test()
@@ -91,7 +101,9 @@ class SiteTrainer:
         mine = {name: contract.specialties[name] for name in sorted(site.specialties)}
         training = contract.training
         self.objective = resolve_objective(contract.promise.objective)
-        self.part = build_trainable(backbone, mine, training).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        self.part = (
+            build_trainable(backbone, mine, training, start).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        )
         backbone.free_text()  # its prompts are in the heads now
         self.start = self.part.shared()
         self.data = patient_tensors(

@@ -11,12 +11,15 @@ from clinifed.load import read_yaml, validate
 from clinifed.policy import SitePolicy
 from clinifed.privacy.cohorts import Cohorts, Touched, touched
 from clinifed.privacy.ledger import read_ledger
+from clinifed.privacy.withdrawn import Withdrawn
 from clinifed.signing import read_signing_key
 
 __all__ = ["touched_by"]
 
 
-def touched_by(patient_id: str, policy_file: Path, issuer: str = "", cards: Sequence[Path] = ()) -> list[Touched]:
+def touched_by(
+    patient_id: str, policy_file: Path, issuer: str = "", cards: Sequence[Path] = (), *, withdraw: bool = False
+) -> list[Touched]:
     """The jobs, rounds and releases that the patient's data touched, and which of ``cards`` they went into.
 
     Args:
@@ -24,6 +27,7 @@ def touched_by(patient_id: str, policy_file: Path, issuer: str = "", cards: Sequ
         policy_file: the site's policy, which says where manifest, ledger and keys are.
         issuer: IssuerOfPatientID, where the records have one.
         cards: ``card.json`` of checkpoints, each of which names its job.
+        withdraw: put the patient on the site's list of those who withdrew, whom no training reads from then on.
 
     Raises:
         DataError: no patient was named, or a card cannot be read.
@@ -39,6 +43,8 @@ def touched_by(patient_id: str, policy_file: Path, issuer: str = "", cards: Sequ
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: not a checkpoint's card ({type(error).__name__})") from None
     patient = patient_pseudonym(site_key(policy.manifest.parent), issuer, patient_id)
+    if withdraw:  # first: whatever else is damaged, the patient's data is used no more
+        Withdrawn.of(policy).add(patient)
     _, account, more = read_ledger(policy.ledger, policy.anchor)
     cohorts = Cohorts(policy.cohorts_folder, read_signing_key(policy.signing_key))
     return touched(patient, account, more["records"], cohorts, contents)

@@ -80,7 +80,8 @@ def touched(
     Args:
         patient: the keyed pseudonym in the site's manifest.
         records: of the site's ledger.
-        cards: where a checkpoint's card lies → its content; a card names its job.
+        cards: where a checkpoint's card lies → its content; a card names its job, those of the checkpoint that it
+            began with, and the cohort of an in-house head, if any.
 
     Raises:
         LedgerError: a cohort's list is missing: then nobody can say, and this does not guess.
@@ -97,7 +98,16 @@ def touched(
                     job.contract,
                     tuple(sorted(job.charges[nonce][0] for nonce in job.releases)),
                     tuple(job.releases.values()),
-                    tuple(where for where, card in cards.items() if card.get("job") == record["job"]),
+                    tuple(where for where, card in cards.items() if record["job"] in _jobs(card)),
                 )
             )
+    for where, card in cards.items():
+        own = (card.get("personalised") or {}).get("patients_hmac")
+        if own is not None and patient in cohorts.patients(own):
+            found.append(Touched("in-house heads, never released", str(card.get("contract_sha256")), (), (), (where,)))
     return found
+
+
+def _jobs(card: Mapping[str, Any]) -> tuple[str, ...]:
+    """The jobs that a checkpoint's parameters come from: its own, and those it began with."""
+    return (str(card.get("job")), *(str(job) for job in (card.get("started_from") or {}).get("jobs", ())))

@@ -21,6 +21,12 @@ def test_what_is_written_is_read_back(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
 
 
+def test_what_must_not_leave_is_its_owners_alone(tmp_path):
+    write_checkpoint(tmp_path / "own" / "checkpoint", PARAMS, {}, owner_only=True)
+    path = tmp_path / "own" / "checkpoint"
+    assert [p.stat().st_mode & 0o777 for p in (path, *sorted(path.iterdir()))] == [0o700, 0o600, 0o600]
+
+
 def test_a_checkpoint_is_never_overwritten(tmp_path):
     write_checkpoint(tmp_path / "checkpoint", PARAMS, {})
     with pytest.raises(ModelError, match="never overwritten"):

@@ -14,6 +14,7 @@ from clinifed.data.manifest import (
     read_manifest,
     site_key,
     split_of,
+    without_patients,
     write_manifest,
 )
 from clinifed.errors import DataError
@@ -141,6 +142,17 @@ def test_a_meta_file_that_lacks_something_is_refused(tmp_path, key):
 def test_a_hash_that_is_none_is_refused(tmp_path):
     with pytest.raises(DataError, match="sha256 is none: row 2"):
         write_manifest(tmp_path / "manifest.csv", [replace(RECORD, sha256="f00")], "public")
+
+
+def test_patients_who_are_left_out_are_in_no_record_and_in_no_hash(tmp_path):
+    records = [replace(RECORD, image=f"{n}.png", patient=f"p{n}", sha256=f"{n:064x}") for n in range(3)]
+    whole = write_manifest(tmp_path / "manifest.csv", records, "public")
+    fewer = without_patients(whole, {"p1", "unknown"})
+    assert [r.patient for r in fewer.records] == ["p0", "p2"]
+    assert fewer.content_sha256 == content_sha256([records[0], records[2]])
+    assert without_patients(whole, set()) is whole
+    with pytest.raises(DataError, match="every patient withdrew"):
+        without_patients(whole, {"p0", "p1", "p2"})
 
 
 def test_images_that_changed_or_are_gone_are_found(tmp_path):

@@ -17,6 +17,7 @@ from clinifed.privacy.accountant import cost_units
 from clinifed.privacy.engine import PatientDPOptimizer
 from clinifed.privacy.ledger import Ledger
 from clinifed.privacy.noise import NoiseSource
+from clinifed.privacy.withdrawn import Withdrawn
 
 from .conftest import JOB
 
@@ -236,6 +237,17 @@ def test_other_patients_in_the_middle_of_a_job_are_refused(contract, prepared, t
     fewer = write_manifest(tmp_path / "m.csv", [r for r in source.records if r.patient != first], "synthetic")
     with pytest.raises(PrivacyError, match="other patients than when job"):
         train(manifest=fewer.path)
+
+
+def test_no_image_of_a_patient_who_withdrew_is_read(contract, policy, prepared, train):
+    source = prepared.sites["alder"].records
+    gone = source[0].patient
+    Withdrawn.of(policy).add(gone)
+    trainer = train(declare=("patient_count",))
+    assert trainer.data.patients == len({r.patient for r in source}) - 1
+    assert len(trainer.data.features) == sum(r.patient != gone for r in source)
+    (reserved,) = [r for r in read_lines(policy.ledger) if r["kind"] == "reserve"]
+    assert gone not in trainer.releases.cohorts.patients(reserved["cohort"]["patients_hmac"])
 
 
 def test_figures_leave_only_where_the_policy_declares_them(contract, train):

@@ -42,6 +42,19 @@ def test_the_models_are_those_whose_card_names_the_job(site):
     assert asked(site, "a", cards)[0].checkpoints == ("one/card.json",)
 
 
+def test_a_model_that_began_with_another_holds_the_patients_of_both(site):
+    cards = {"one/card.json": {"job": "tuned", "started_from": {"jobs": ["first", "earlier"]}}}
+    assert asked(site, "a", cards)[0].checkpoints == ("one/card.json",)
+
+
+def test_in_house_heads_name_their_cohort(site):
+    cards = {"own/card.json": {"job": "x", "personalised": {"patients_hmac": site.cohorts.keep(["a", "b"])}}}
+    assert [t.checkpoints for t in asked(site, "a", cards)][-1] == ("own/card.json",)
+    assert all(t.checkpoints == () for t in asked(site, "a", {"own/card.json": {"job": "x", "personalised": None}}))
+    site.cohorts.keep(["c"])
+    assert asked(site, "c", cards) == []
+
+
 def test_a_missing_or_changed_list_is_an_error_not_a_no(site):
     lists = sorted(site.cohorts.folder.iterdir(), key=lambda p: p.stat().st_size)
     lists[-1].write_text("b")
