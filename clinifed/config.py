@@ -12,9 +12,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_seriali
 from clinifed.messages import Declarable
 
 __all__ = [
+    "MAX_BASIS_DIMS",
     "MAX_LABELS",
     "SEPARATOR",
     "Aggregation",
+    "BasisKind",
     "Data",
     "Deployment",
     "Export",
@@ -30,6 +32,7 @@ __all__ = [
 ]
 
 MAX_LABELS = 62  # of one specialty: a set of them is kept in the bits of an int64
+MAX_BASIS_DIMS = 128  # of a reduced basis: more hardly reduces
 SEPARATOR = "|"  # between the labels of one image, in a manifest
 _RESERVED = ("mean", "server", "public", "flare")  # these name other things in a run and in its summary
 
@@ -44,6 +47,7 @@ def _not_reserved(name: str) -> str:
 SiteName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$"), AfterValidator(_not_reserved)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]{0,62}$")]
 DataClass = Literal["hospital", "public", "synthetic"]
+BasisKind = Literal["centre", "whitening", "pca"]
 
 
 class _Settings(BaseModel):
@@ -129,6 +133,7 @@ class Aggregation(_Settings):
     momentum: float = Field(0.9, ge=0, lt=1)  # of fedavgm; beta 1 of fedadam
     second_momentum: float = Field(0.99, ge=0, lt=1)  # beta 2 of fedadam
     adaptivity: float = Field(1e-3, gt=0)  # tau of fedadam
+    average_last: float = Field(0.0, ge=0, le=1)  # the final model: the mean of this share of the rounds' models
     trim: float = Field(0.2, gt=0, lt=0.5)  # of trimmed-mean: the share of sites cut at each end
 
 

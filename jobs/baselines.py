@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from clinifed.aggregators.averaging import Totals, add_model, first_averaged, mean_model
 from clinifed.contract import Contract
 from clinifed.evaluation.metrics import Scores, multi_label_scores, patient_scores
 from clinifed.executors.trainer import local_steps
@@ -62,9 +63,16 @@ def local_scores(
         promise = contract.promise.model_copy(update={"mode": "off"})
         contract = contract.model_copy(update={"promise": promise})
     start = part.shared()
-    steps = contract.rounds * contract.training.local_epochs
+    first = first_averaged(contract.rounds, contract.aggregation.average_last)
+    totals: Totals = {}
     with _one_thread():
-        local_steps(part, start, data, contract, agreed.nominal_patients, steps)
+        for number in range(contract.rounds):
+            local_steps(part, start, data, contract, agreed.nominal_patients, contract.training.local_epochs)
+            if number >= first:  # as the federation's model, or the comparison would not be one
+                totals = add_model(totals, {name: tensor.numpy() for name, tensor in part.shared().items()})
+    if totals:
+        averaged = mean_model(totals, contract.rounds - first)
+        part.load_shared({name: torch.from_numpy(value) for name, value in averaged.items()})
     return score_part(part, public, names, resolve_objective(contract.promise.objective))
 
 

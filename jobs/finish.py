@@ -249,7 +249,7 @@ def finish_run(
         started: ``time.monotonic()`` at the beginning.
     """
     claims = told_claims(contract, state.rounds) | site_claims(contract, policies)
-    metrics, params = evaluate_run(contract, backbone, data, policies, state.delta, progress)
+    metrics, params = evaluate_run(contract, backbone, data, policies, state.model(), progress)
     summary = summarise(contract, backbone, policies, state.rounds, claims, metrics, time.monotonic() - started)
     made = out / "checkpoint"
     if not made.exists() or read_checkpoint(made).card["job"] != state.run:  # a crash may have come in between
