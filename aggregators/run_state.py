@@ -1,5 +1,4 @@
-"""One run on the server's disk: the global delta, the rounds done, what the server's optimiser remembers, and the sum of
-the models that are averaged in the end.
+"""One run on the server's disk: the global delta, the rounds done, the optimiser's memory, and the sum of models.
 
 A run may take several FLARE jobs, and outlives each of them: its folder lies beside the jobs' run folders, which FLARE
 clears away. ``state.json`` is the only authority; all else counts as far as it says. No FLARE in here.

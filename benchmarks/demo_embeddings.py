@@ -1,4 +1,4 @@
-"""The demo's hospitals with more patients, as embeddings of the tiny tower: 4 sites, 4 specialties, the demo's scanners.
+"""The demo's hospitals and scanners with more patients, as embeddings of the tiny tower: 4 sites, 4 specialties.
 
 Made once in a folder of the caller's (about 5 minutes on one core) and read from there.
 """

@@ -6,9 +6,9 @@ norm 1. What adds to every class alike is not equally strong in all directions: 
 j^-``decay``, and classes differ mostly where it is strong, as anatomy, sex and exposure outweigh disease in a real
 tower. Prompts lie partly along the class and partly elsewhere, so that zero-shot classification helps and is not all.
 
-The constants of :class:`World` were set once, with seeds 900 to 902, by two figures of the validation set alone, without
-noise: zero-shot half-way between chance and what a classifier fitted to all pooled patients reaches (balanced accuracy
-.56 and .92). No run with noise had been made then.
+The constants of :class:`World` were set once, with seeds 900 to 902, by two figures of the validation set alone,
+without noise: zero-shot half-way between chance and what a classifier fitted to all pooled patients reaches (balanced
+accuracy .56 and .92). No run with noise had been made then.
 """
 
 from dataclasses import dataclass
@@ -94,4 +94,3 @@ class Draw:
 
 def _unit(rows: NDArray[np.float64]) -> NDArray[np.float64]:
     return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
-

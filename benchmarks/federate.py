@@ -46,12 +46,14 @@ class View:
 
     basis: Basis | None
 
-    def data(self, data: PatientTensors) -> PatientTensors:
+    def patients(self, data: PatientTensors) -> PatientTensors:
+        """``data`` in the basis."""
         if self.basis is None:
             return data
         return PatientTensors(self.basis(data.features), data.patient, data.specialty, data.label)
 
     def start(self, zero_shot: State) -> State:
+        """Zero-shot heads in the basis."""
         return dict(zero_shot) if self.basis is None else self.basis.heads(zero_shot)
 
 

@@ -89,6 +89,7 @@ class Model(_Settings):
     """The frozen base model."""
 
     ref: str = "tiny"  # tiny | local-dir:PATH | hf-hub:OWNER/NAME
+    basis: Path | None = None  # of training.basis, by `clinifed basis`; default: made of the public validation set
 
 
 class Training(_Settings):
@@ -99,6 +100,8 @@ class Training(_Settings):
     blocks: int = Field(1, ge=1, le=64)  # the last ones of the image tower, which train with blocks
     checkpointing: bool = False  # lora and blocks: less memory for about a third more time
     precision: Literal["fp32", "bf16"] = "fp32"  # of the products in lora and blocks; gradients and noise stay float32
+    basis: Literal["none", "centre", "whitening", "pca"] = "none"  # that heads train in, by public images alone
+    basis_dims: int = Field(64, ge=2, le=MAX_BASIS_DIMS)  # of pca
     local_epochs: int = Field(1, ge=1, le=100)  # full batch: one epoch is one step is one release
     learning_rate: float = Field(4.0, gt=0, le=1000)
     temperature: float = Field(10.0, gt=0, le=100)  # scale of the zero-shot logits at the start
@@ -284,6 +287,8 @@ class Federation(_Settings):
                 )
         if self.data.synthesize and any(s.manifest or s.index for s in self.sites.values()):
             problems.append("data.synthesize makes the data of all sites; remove the sites' manifest and index")
+        if self.model.basis and self.training.basis == "none":
+            problems.append("model.basis: has no effect while training.basis is 'none'; set that, or remove it")
         if problems:
             raise ValueError("\n".join(problems))
         return self

@@ -76,6 +76,9 @@ def evaluate_run(
     start_part = load_part(contract, backbone)
     start = start_part.shared()
     params = apply_delta(start, {name: torch.from_numpy(value) for name, value in delta.items()})
+    written = without_basis(contract)  # what is evaluated is what is written, and zero-shot is the base model's
+    if written is not contract and backbone.basis is not None:
+        params = backbone.basis.folded(params)
     if data.test is None:
         return {}, params
     progress("evaluating on the public test set")
@@ -83,8 +86,8 @@ def evaluate_run(
     model = GlobalModel(backbone, start_part).eval()  # only its frozen part is read here
     public = _features(contract, model, backbone, data.test, tested, None, None)
     objective = resolve_objective(contract.promise.objective)
-    zero_shot = score_part(start_part, public, tested, objective)
-    federated = score_part(load_part(contract, backbone, params), public, tested, objective)
+    zero_shot = score_part(load_part(written, backbone), public, tested, objective)
+    federated = score_part(load_part(written, backbone, params), public, tested, objective)
     alone: dict[bool, dict[str, dict[str, Scores]]] = {True: {}, False: {}}
     if all(manifest.data_class != "hospital" for manifest in data.sites.values()):
         progress("training every site alone, for comparison")
@@ -113,6 +116,13 @@ def evaluate_run(
                 }
         metrics[name] = entry
     return metrics, params
+
+
+def without_basis(contract: Contract) -> Contract:
+    """``contract`` with heads that read the embedding itself, as every model is written; itself where they do."""
+    if contract.training.basis == "none":
+        return contract
+    return contract.model_copy(update={"training": contract.training.model_copy(update={"basis": "none"})})
 
 
 def site_claims(contract: Contract, policies: dict[str, SitePolicy]) -> dict[str, dict[str, Any]]:
@@ -165,7 +175,7 @@ def save_checkpoint(
         "contract_sha256": contract.sha256(),
         "job": rounds[0]["job"],
         "base_model": contract.base_model.model_dump(),
-        "training": contract.training.model_dump(),
+        "training": without_basis(contract).training.model_dump(),
         "objective": contract.promise.objective,
         "specialties": {n: s.model_dump(mode="json") for n, s in contract.specialties.items()},
         "rounds": contract.rounds,

@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers import dynamic_module_utils
 
 from clinifed.errors import ModelError
+from clinifed.models.basis import Basis
 
 __all__ = ["BIOMEDCLIP", "TINY", "Backbone", "Preprocess", "load_backbone", "state_sha256"]
 
@@ -52,6 +53,7 @@ class Backbone:
     tokenizer: Callable[[Sequence[str]], Tensor]
     preprocess: Preprocess
     sha256: str  # of all weights, independent of the file format they came from
+    basis: Basis | None = None  # that heads may train in
 
     @property
     def parameter_bytes(self) -> int:

@@ -75,7 +75,8 @@ class Basis:
 
     def content(self) -> bytes:
         """The basis as the bytes of a safetensors file; the same basis gives the same bytes."""
-        return save({"matrix": self.matrix.contiguous(), "mean": self.mean.contiguous()})
+        content: bytes = save({"matrix": self.matrix.contiguous(), "mean": self.mean.contiguous()})
+        return content
 
     def sha256(self) -> str:
         """Of :meth:`content`: how a contract names the basis."""
