@@ -257,8 +257,8 @@ def main() -> None:
     torch.set_num_threads(1)
     how = [
         f"{ROUNDS} rounds of one step, the mean of the last {AVERAGE_LAST:.0%} of models, {len(args.seeds)} seeds.",
-        f"With noise: every site its own, delta {DELTA:g}, C = 1, learning rate by a public rule (the noise of a logit is",
-        f"{NOISE_OF_A_LOGIT:g} in the end). Without: the best of three rates on the public validation set. Balanced",
+        f"With noise: every site its own, delta {DELTA:g}, C = 1, learning rate by a public rule (the noise of a logit",
+        f"is {NOISE_OF_A_LOGIT:g} in the end). Without: the best of three rates on the public validation set. Balanced",
         "accuracy by patient on the public test set, from chance (0) to 1, with the 95 % interval over seeds.",
         "“As they are” has no basis; its rates are the best of three in hindsight, with noise as well.",
         "",

@@ -98,11 +98,12 @@ def _feasibility(plan: Plan) -> Table:
 
 def _expectations(plan: Plan) -> Table:
     told = study()
-    table = Table(
-        title=f"what to expect, by the {told['source']}: {told['labels']} classes, balanced accuracy, 95 % over "
-        f"{told['seeds']} seeds,\nin a public basis (training.basis) of {told['dims']} directions; the nearest case that is "
-        "no larger"
+    title = (
+        f"what to expect, by the {told['source']}: {told['labels']} classes, balanced accuracy, 95 % over "
+        f"{told['seeds']} seeds,\nin a public basis (training.basis) of {told['dims']} directions; the nearest case "
+        "that is no larger"
     )
+    table = Table(title=title)
     for column in ("site", "specialty"):
         table.add_column(column, no_wrap=True)
     for column in ("patients", "epsilon", "sites", "zero-shot", "federated", "gain"):

@@ -28,7 +28,7 @@ VERBS = sorted(verbs(build_parser()))
 def test_the_verbs_are_those_the_readme_shows() -> None:
     shown = set(
         re.findall(
-            r"clinifed (demo|simulate|export|evaluate|job|poc|provision|preflight|submit|status"
+            r"clinifed (demo|simulate|export|evaluate|job|basis|poc|provision|preflight|submit|status"
             r"|verify|inspect|keys \w+|data \w+|privacy +\w+)\b",
             (ROOT / "README.md").read_text(),
         )

@@ -25,7 +25,7 @@ from clinifed.jobs.submit import submit
 from clinifed.load import load_federation
 from clinifed.models.adapters import GlobalModel
 from clinifed.models.backbone import Backbone, load_backbone
-from clinifed.models.basis import Basis, make_basis, read_basis
+from clinifed.models.basis import Basis, read_basis
 from clinifed.policy import SitePolicy
 
 PLAN = {
@@ -132,8 +132,9 @@ def test_a_basis_that_loses_what_tells_classes_apart_is_refused_with_the_figures
 ) -> None:
     def worst(kind: BasisKind, embeddings: torch.Tensor, dims: int) -> Basis:
         """The directions in which public embeddings vary least: what a basis must not be."""
-        whole = make_basis("pca", embeddings, embeddings.shape[1])  # sorted by variance, ascending
-        return Basis(whole.mean, whole.matrix[:, :dims].contiguous())
+        centre = embeddings.mean(dim=0)
+        axes = torch.linalg.svd(embeddings - centre, full_matrices=True).Vh  # by falling variance
+        return Basis(centre, axes[-dims:].T.contiguous())
 
     monkeypatch.setattr(basis_module, "make_basis", worst)
     training = federation.training.model_copy(update={"basis": "pca", "basis_dims": 2})
