@@ -207,12 +207,12 @@ def basis_table(found: Mapping[str, Figures]) -> list[str]:
     return [*lines, ""]
 
 
-def entries(prefix: str, figures: Figures) -> list[Entry]:
+def entries(prefix: str, figures: Figures, basis: str) -> list[Entry]:
     found = []
     for name, (above, below, _) in TARGETS.items():
         ratios = [a / b for a, b in zip(figures[above], figures[below], strict=True)]
         a, b = mean(figures[above]), mean(figures[below])
-        unit = f"balanced accuracy above chance, {above} over {below}"
+        unit = f"balanced accuracy above chance, {above} over {below}, {basis}"
         found.append(Entry(f"{prefix}_{name.replace(' ', '')}", a / b, a, b, unit, max(ratios) - min(ratios)))
     return found
 
@@ -275,7 +275,7 @@ def main() -> None:
             )
             seconds = f"{time.perf_counter() - began:.0f} s on one core."
             write_section(title, [*how, *basis_table(found), seconds])
-            record(entries(prefix, found[headline]))
+            record(entries(prefix, found[headline], headline))
             print(title, *basis_table(found), seconds, sep="\n")
     if "table" in args.parts:
         data = table(args.seeds)
