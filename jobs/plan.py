@@ -106,25 +106,20 @@ def _expectations(plan: Plan) -> Table:
     table = Table(title=title)
     for column in ("site", "specialty"):
         table.add_column(column, no_wrap=True)
-    for column in ("patients", "epsilon", "sites", "zero-shot", "federated", "gain"):
-        table.add_column(column, justify="right", overflow="fold")
+    for column in ("case", "zero-shot", "federated", "gain"):
+        table.add_column(column, overflow="fold")
     for row in plan.feasibility:
-        if row.specialty == TRUNK.rstrip("."):  # the study is of heads
-            continue
         found = row.expectation
-        if found is None:
-            table.add_row(row.site, row.specialty, *["–"] * 5, "smaller than any case of the study")
-            continue
-        table.add_row(
-            row.site,
-            row.specialty,
-            f"{found.patients:,}",
-            f"{found.epsilon:g}",
-            str(found.sites),
-            f"{found.zero_shot:.2f}",
-            f"{found.balanced_accuracy:.2f} ± {found.interval:.2f}",
-            f"{found.gain:+.2f} ± {found.gain_interval:.2f}" + ("" if found.learns else ", none shown"),
-        )
+        if found is not None:
+            cells = (
+                f"{found.patients:,} patients, epsilon {found.epsilon:g}, {found.sites} site{'s' * (found.sites > 1)}",
+                f"{found.zero_shot:.2f}",
+                f"{found.balanced_accuracy:.2f} ± {found.interval:.2f}",
+                f"{found.gain:+.2f} ± {found.gain_interval:.2f}" + ("" if found.learns else ": none shown"),
+            )
+            table.add_row(row.site, row.specialty, *cells)
+        elif row.specialty != TRUNK.rstrip("."):  # the study is of heads
+            table.add_row(row.site, row.specialty, "smaller than any", "–", "–", "–")
     return table
 
 
