@@ -1,4 +1,4 @@
-"""One run on the server's disk: the global delta, the rounds done, and what the server's optimiser remembers.
+"""One run on the server's disk: the global delta, the rounds done, the optimiser's memory, and the sum of models.
 
 A run may take several FLARE jobs, and outlives each of them: its folder lies beside the jobs' run folders, which FLARE
 clears away. ``state.json`` is the only authority; all else counts as far as it says. No FLARE in here.
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from clinifed.aggregators.averaging import Totals, add_model, first_averaged, mean_model
 from clinifed.contract import Contract
 from clinifed.errors import FederationError
 from clinifed.files import append_line, canonical_json, sha256_of, write_atomic, write_json
@@ -32,6 +33,7 @@ SERVER_FOLDER = "clinifed-runs"
 STATE_FILE = "state.json"
 ROUNDS_FILE = "rounds.jsonl"
 _MEMORY = "memory:"  # before the names of what the server's optimiser remembers
+_TOTAL = "total:"  # before the names of the sums of models, float64
 _LOCK = ".lock"
 _RUN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _VERSION = 1
@@ -50,6 +52,8 @@ class RunState:
         - No round is applied twice: a round that is not the next one is refused, also where another process, such as
           a job too many or one that outlived its server, did it.
         - A state that is damaged, or of another contract, is refused and nothing of it is used.
+        - The model is the mean of the deltas after the last ``aggregation.average_last`` of the rounds, whenever
+          processes were killed, and of no other; where that is 0, it is the last delta.
 
     Raises:
         FederationError: the folder holds a damaged state, or another contract's.
@@ -62,6 +66,8 @@ class RunState:
         self.next_round = 0
         self.delta: Parameters = {n: np.zeros(shape, dtype=np.float32) for n, shape in contract.shapes.items()}
         self.memory: dict[str, NDArray[np.float32]] = {}
+        self._totals: Totals = {}
+        self._first = first_averaged(contract.rounds, contract.aggregation.average_last)
         self.rounds: list[dict[str, Any]] = []
         self._text: bytes | None = None  # the state as it stands on the disk, as far as we know
         self._bytes, self._digest = 0, sha256()  # of the lines that it counts
@@ -79,6 +85,11 @@ class RunState:
     def counted(self) -> int:
         """Rounds that changed the model."""
         return sum(entry["counted"] for entry in self.rounds)
+
+    def model(self) -> Parameters:
+        """What is evaluated and written, as a change from the start: the mean of the last models, or the last one."""
+        models = self.next_round - self._first
+        return mean_model(self._totals, models) if models > 0 else dict(self.delta)
 
     def nonces(self) -> set[str]:
         """The nonces of every update that was ever accepted in this run."""
@@ -120,11 +131,17 @@ class RunState:
                     f"rounds in {ROUNDS_FILE} (version {_VERSION}); restore the folder from a backup"
                 )
             arrays = load(content)
+            totals = {n.removeprefix(_TOTAL): v for n, v in arrays.items() if n.startswith(_TOTAL)}
+            if set(totals) != (set(self.contract.shapes) if len(rounds) > self._first else set()):
+                raise FederationError(
+                    f"{path}: {state['weights']} does not hold the sums that aggregation.average_last needs; restore "
+                    "the folder from a backup, or start a new run"
+                )
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise FederationError(f"{path}: damaged ({type(error).__name__}); nothing of it is used") from error
         self.memory = {n.removeprefix(_MEMORY): v for n, v in arrays.items() if n.startswith(_MEMORY)}
-        self.delta = {n: v for n, v in arrays.items() if not n.startswith(_MEMORY)}
-        self.next_round, self.rounds = len(rounds), rounds
+        self.delta = {n: v for n, v in arrays.items() if not n.startswith((_MEMORY, _TOTAL))}
+        self.next_round, self.rounds, self._totals = len(rounds), rounds, totals
         self._text, self._bytes, self._digest = text, len(lines), digest
 
     def commit(
@@ -160,7 +177,10 @@ class RunState:
                 f"round {number} of run {self.run} was to be applied, but {STATE_FILE} is not "
                 "what this job left: another one has gone on, or a disk has failed"
             )
-        arrays = {**delta, **{_MEMORY + name: value for name, value in memory.items()}}
+        totals = add_model(self._totals, delta) if number >= self._first else {}
+        arrays: dict[str, NDArray[Any]] = {**delta}
+        for prefix, values in ((_MEMORY, memory), (_TOTAL, totals)):
+            arrays |= {prefix + name: value for name, value in values.items()}
         content = save({name: np.ascontiguousarray(value) for name, value in sorted(arrays.items())})
         line, digest = canonical_json(entry) + b"\n", self._digest.copy()
         digest.update(line)
@@ -187,7 +207,7 @@ class RunState:
                     (self.folder / weights).unlink(missing_ok=True)
                     os.truncate(rounds, self._bytes)
             raise
-        self.next_round, self.delta, self.memory = number + 1, dict(delta), dict(memory)
+        self.next_round, self.delta, self.memory, self._totals = number + 1, dict(delta), dict(memory), totals
         self._text, self._bytes, self._digest = path.read_bytes(), state["rounds_bytes"], digest
         self.rounds.append(dict(entry))
         for old in (*self.folder.glob("round_*.safetensors"), *self.folder.glob(".*.tmp")):

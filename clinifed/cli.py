@@ -101,6 +101,18 @@ def _job(args: argparse.Namespace, console: _Console) -> None:
     console.result({k: str(v) for k, v in written.items()}, *(f"{k:10} {v}" for k, v in written.items()))
 
 
+def _basis(args: argparse.Namespace, console: _Console) -> None:
+    federation = _federation(args)
+    from dataclasses import asdict
+
+    from clinifed.jobs.basis import write_basis
+
+    folder = args.out.with_name(f"{args.out.stem}-data")
+    basis, trials = write_basis(federation, None, args.out, folder, console.progress)
+    content = {"out": str(args.out), "sha256": basis.sha256(), "trials": [asdict(trial) for trial in trials]}
+    console.result(content, f"{args.out}\nsha256 {basis.sha256()}")
+
+
 def _evaluate(args: argparse.Namespace, console: _Console) -> None:
     if args.site is not None and args.test is not None:
         raise ConfigError("give either --test MANIFEST, of public patients, or --site POLICY, for a hospital's own")
@@ -192,6 +204,10 @@ def build_parser() -> argparse.ArgumentParser:
     _config_arguments(job)
     job.add_argument("--out", type=Path, required=True, help="folder to write the job into")
     job.add_argument("--workspace", type=Path, help="also prepare data and a workspace for `nvflare simulator`")
+
+    basis = verb("basis", _basis, "make the public basis that a federation's heads train in, of public images")
+    _config_arguments(basis)
+    basis.add_argument("--out", type=Path, required=True, help="file to write; every site installs it")
 
     add_federation_verbs(verbs, verb)
     add_training_verbs(verb)

@@ -12,9 +12,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_seriali
 from clinifed.messages import Declarable
 
 __all__ = [
+    "MAX_BASIS_DIMS",
     "MAX_LABELS",
     "SEPARATOR",
     "Aggregation",
+    "BasisKind",
     "Data",
     "Deployment",
     "Export",
@@ -30,6 +32,7 @@ __all__ = [
 ]
 
 MAX_LABELS = 62  # of one specialty: a set of them is kept in the bits of an int64
+MAX_BASIS_DIMS = 128  # of a reduced basis: more hardly reduces
 SEPARATOR = "|"  # between the labels of one image, in a manifest
 _RESERVED = ("mean", "server", "public", "flare")  # these name other things in a run and in its summary
 
@@ -44,6 +47,7 @@ def _not_reserved(name: str) -> str:
 SiteName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$"), AfterValidator(_not_reserved)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]{0,62}$")]
 DataClass = Literal["hospital", "public", "synthetic"]
+BasisKind = Literal["centre", "whitening", "pca"]
 
 
 class _Settings(BaseModel):
@@ -85,6 +89,7 @@ class Model(_Settings):
     """The frozen base model."""
 
     ref: str = "tiny"  # tiny | local-dir:PATH | hf-hub:OWNER/NAME@COMMIT
+    basis: Path | None = None  # of training.basis, by `clinifed basis`; default: made of the public validation set
 
 
 class Training(_Settings):
@@ -95,6 +100,8 @@ class Training(_Settings):
     blocks: int = Field(1, ge=1, le=64)  # the last ones of the image tower, which train with blocks
     checkpointing: bool = False  # lora and blocks: less memory for about a third more time
     precision: Literal["fp32", "bf16"] = "fp32"  # of the products in lora and blocks; gradients and noise stay float32
+    basis: Literal["none", "centre", "whitening", "pca"] = "none"  # that heads train in, by public images alone
+    basis_dims: int = Field(64, ge=2, le=MAX_BASIS_DIMS)  # of pca
     local_epochs: int = Field(1, ge=1, le=100)  # full batch: one epoch is one step is one release
     learning_rate: float = Field(4.0, gt=0, le=1000)
     temperature: float = Field(10.0, gt=0, le=100)  # scale of the zero-shot logits at the start
@@ -129,6 +136,7 @@ class Aggregation(_Settings):
     momentum: float = Field(0.9, ge=0, lt=1)  # of fedavgm; beta 1 of fedadam
     second_momentum: float = Field(0.99, ge=0, lt=1)  # beta 2 of fedadam
     adaptivity: float = Field(1e-3, gt=0)  # tau of fedadam
+    average_last: float = Field(0.0, ge=0, le=1)  # the final model: the mean of this share of the rounds' models
     trim: float = Field(0.2, gt=0, lt=0.5)  # of trimmed-mean: the share of sites cut at each end
 
 
@@ -286,6 +294,8 @@ class Federation(_Settings):
                 )
         if self.data.synthesize and any(s.manifest or s.index for s in self.sites.values()):
             problems.append("data.synthesize makes the data of all sites; remove the sites' manifest and index")
+        if self.model.basis and self.training.basis == "none":
+            problems.append("model.basis: has no effect while training.basis is 'none'; set that, or remove it")
         if problems:
             raise ValueError("\n".join(problems))
         return self

@@ -27,6 +27,7 @@ class BaseModelRef(_Agreed):
 
     ref: str
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    basis_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")  # of the public basis that heads train in
 
 
 class Promise(_Agreed):

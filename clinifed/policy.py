@@ -66,6 +66,7 @@ class SitePolicy(_Policy):
     officers: dict[str, Hash] = Field(default_factory=dict)  # who may approve a budget increase: name → Ed25519 key
     permit_privacy_off: bool = False  # only ever for data marked public or synthetic
     model_ref: str | None = None  # where this site keeps the base model, if not where the contract says
+    basis: Path | None = None  # the file of the public basis, where a contract's heads train in one
 
     @property
     def outbox_folder(self) -> Path:

@@ -16,6 +16,7 @@ from clinifed.executors.release import Releases, check_contract
 from clinifed.messages import Parameters, Update, allowed_names, projected
 from clinifed.models.adapters import FrozenPart, TrainablePart, build_trainable
 from clinifed.models.backbone import Backbone, load_backbone
+from clinifed.models.basis import read_basis
 from clinifed.models.state import apply_delta
 from clinifed.policy import SitePolicy
 from clinifed.privacy.engine import Mechanism, PatientTensors, mean_loss, plain_step, private_step, pull_towards
@@ -95,6 +96,13 @@ class SiteTrainer:
                 f"site {policy.site} holds base model {backbone.sha256}, the contract wants "
                 f"{contract.base_model.sha256}; install the same weights"
             )
+        if (agreed := contract.base_model.basis_sha256) is not None:
+            if policy.basis is None:
+                raise ModelError(
+                    f"site {policy.site}: the contract's heads train in basis {agreed}; install its file, and name it "
+                    "under `basis` in the policy"
+                )
+            backbone = backbone.with_basis(read_basis(policy.basis, agreed))
         self.releases = Releases(contract, policy, job)
         self.releases.reserve(manifest)  # before any image is read
         site = contract.sites[policy.site]

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from clinifed.aggregators.averaging import Totals, add_model, first_averaged, mean_model
 from clinifed.aggregators.rules import Memory, aggregate
 from clinifed.contract import Contract
 from clinifed.executors.trainer import local_steps
@@ -18,7 +19,7 @@ from clinifed.models.adapters import TrainablePart, build_trainable
 from clinifed.models.backbone import Backbone
 from clinifed.privacy.engine import PatientTensors
 
-__all__ = ["alone", "centralised", "federated_openly", "load_part", "pool"]
+__all__ = ["alone", "centralised", "federated_openly", "load_part", "pool", "without_basis"]
 
 
 def alone(contract: Contract, backbone: Backbone, site: str, data: PatientTensors, *, private: bool) -> TrainablePart:
@@ -29,10 +30,7 @@ def alone(contract: Contract, backbone: Backbone, site: str, data: PatientTensor
     """
     agreed = contract.sites[site]
     part = build_trainable(backbone, {n: contract.specialties[n] for n in agreed.specialties}, contract.training)
-    steps = contract.rounds * contract.training.local_epochs
-    terms = contract if private else _open(contract)
-    with _one_thread():
-        local_steps(part, part.shared(), data, terms, agreed.nominal_patients, steps)
+    _rounds(part, data, contract if private else _open(contract), agreed.nominal_patients)
     return part
 
 
@@ -44,10 +42,36 @@ def centralised(contract: Contract, backbone: Backbone, data: Mapping[str, Patie
     """
     part = load_part(contract, backbone)
     pooled = pool({site: data[site] for site in sorted(data)}, contract)
-    steps = contract.rounds * contract.training.local_epochs
-    with _one_thread():
-        local_steps(part, part.shared(), pooled, _open(contract), pooled.patients, steps)
+    _rounds(part, pooled, _open(contract), pooled.patients)
     return part
+
+
+def _rounds(part: TrainablePart, data: PatientTensors, terms: Contract, nominal_patients: int) -> None:
+    """As many steps as the federation takes, in place, and its average of the last models."""
+    start, averaging = part.shared(), _Averaging(terms)
+    with _one_thread():
+        for number in range(terms.rounds):
+            local_steps(part, start, data, terms, nominal_patients, terms.training.local_epochs)
+            averaging.add(number, part.shared())
+    averaging.put_into(part)
+
+
+class _Averaging:
+    """The mean of the last models, as the federation's: or the comparison would not be one."""
+
+    def __init__(self, contract: Contract) -> None:
+        self._first = first_averaged(contract.rounds, contract.aggregation.average_last)
+        self._models = contract.rounds - self._first
+        self._totals: Totals = {}
+
+    def add(self, number: int, model: Mapping[str, Tensor]) -> None:
+        if number >= self._first:
+            self._totals = add_model(self._totals, {name: tensor.numpy() for name, tensor in model.items()})
+
+    def put_into(self, part: TrainablePart) -> None:
+        if self._totals:
+            averaged = mean_model(self._totals, self._models)
+            part.load_shared({name: torch.from_numpy(value) for name, value in averaged.items()})
 
 
 def federated_openly(contract: Contract, backbone: Backbone, data: Mapping[str, PatientTensors]) -> TrainablePart:
@@ -69,6 +93,7 @@ def federated_openly(contract: Contract, backbone: Backbone, data: Mapping[str, 
     }
     weights = {site: contract.sites[site].weight for site in sites}
     memory: Memory = {}
+    averaging = _Averaging(contract)
     with _one_thread():
         for number in range(contract.rounds):
             updates = []
@@ -82,7 +107,9 @@ def federated_openly(contract: Contract, backbone: Backbone, data: Mapping[str, 
                 updates.append(Update(site, number, change))
             step, memory = aggregate(updates, weights, contract.shapes, contract.aggregation, memory)
             delta = {name: delta[name] + torch.from_numpy(step[name]) for name in delta}
+            averaging.add(number, {name: start[name] + delta[name] for name in start})
     whole.load_shared({name: start[name] + delta[name] for name in start})
+    averaging.put_into(whole)
     return whole
 
 
@@ -101,6 +128,13 @@ def pool(data: Mapping[str, PatientTensors], contract: Contract) -> PatientTenso
         label.append(mine.label)
         seen += mine.patients
     return PatientTensors(torch.cat(features), torch.cat(patient), torch.cat(specialty), torch.cat(label))
+
+
+def without_basis(contract: Contract) -> Contract:
+    """``contract`` with heads that read the embedding itself, as every model is written; itself where they do."""
+    if contract.training.basis == "none":
+        return contract
+    return contract.model_copy(update={"training": contract.training.model_copy(update={"basis": "none"})})
 
 
 def _open(contract: Contract) -> Contract:

@@ -17,7 +17,7 @@ from clinifed.evaluation.assessment import MIN_PATIENTS
 from clinifed.evaluation.metrics import mean_scores
 from clinifed.evaluation.scoring import scores_of
 from clinifed.executors.features import patient_tensors
-from clinifed.jobs.baselines import alone, centralised, federated_openly, load_part
+from clinifed.jobs.baselines import alone, centralised, federated_openly, load_part, without_basis
 from clinifed.jobs.comparison import Judged, compare, judge
 from clinifed.jobs.prepare import PreparedData
 from clinifed.messages import Parameters
@@ -74,6 +74,9 @@ def evaluate_run(
     start_part = load_part(contract, backbone)
     start = start_part.shared()
     params = apply_delta(start, {name: torch.from_numpy(value) for name, value in delta.items()})
+    written = without_basis(contract)  # what is evaluated is what is written, and zero-shot is the base model's
+    if written is not contract and backbone.basis is not None:
+        params = backbone.basis.folded(params)
     model = GlobalModel(backbone, start_part).eval()  # only its frozen part is read here
     objective = resolve_objective(contract.promise.objective)
     held_out = _held_out(contract, model, backbone, data, policies, progress)
@@ -81,7 +84,7 @@ def evaluate_run(
         return {}, [], params
     local, shared = _baselines(contract, model, backbone, data, policies, progress)
     candidate = "federated_dp" if contract.promise.mode == "dp" else "federated_no_dp"
-    shared |= {"zero_shot": start_part, candidate: load_part(contract, backbone, params)}
+    shared |= {"zero_shot": load_part(written, backbone), candidate: load_part(written, backbone, params)}
     public = None
     if data.test is not None:
         progress("evaluating on the public test set")

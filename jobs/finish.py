@@ -17,6 +17,7 @@ from clinifed.aggregators.run_state import RunState
 from clinifed.contract import Contract
 from clinifed.evaluation.assessment import MIN_PATIENTS
 from clinifed.files import read_lines, write_json
+from clinifed.jobs.baselines import without_basis
 from clinifed.jobs.evaluate_run import evaluate_run
 from clinifed.jobs.prepare import PreparedData
 from clinifed.models.backbone import Backbone
@@ -80,7 +81,7 @@ def save_checkpoint(
         "contract_sha256": contract.sha256(),
         "job": rounds[0]["job"],
         "base_model": contract.base_model.model_dump(),
-        "training": contract.training.model_dump(),
+        "training": without_basis(contract).training.model_dump(),
         "objective": contract.promise.objective,
         "specialties": {n: s.model_dump(mode="json") for n, s in contract.specialties.items()},
         "rounds": contract.rounds,
@@ -168,7 +169,7 @@ def finish_run(
         minimum: of patients, below which a figure of the comparison is suppressed.
     """
     claims = told_claims(contract, state.rounds) | site_claims(contract, policies)
-    metrics, rows, params = evaluate_run(contract, backbone, data, policies, state.delta, progress, minimum)
+    metrics, rows, params = evaluate_run(contract, backbone, data, policies, state.model(), progress, minimum)
     summary = summarise(contract, backbone, policies, state.rounds, claims, metrics, rows, time.monotonic() - started)
     made = out / "checkpoint"
     if not made.exists() or read_checkpoint(made).card["job"] != state.run:  # a crash may have come in between

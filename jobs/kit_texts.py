@@ -39,6 +39,7 @@ declare: []  # what may leave un-noised: patient_count, image_count, label_count
 officers: {{}}  # name: Ed25519 public key of who may sign a larger budget; `clinifed privacy key` prints it
 permit_privacy_off: false  # only ever for data marked public or synthetic
 model_ref: null  # where this site keeps the base model, if not where the contract says
+basis: null  # the file of the public basis, where the contract's heads train in one
 """
 
 _SITE = """\

@@ -7,6 +7,8 @@ from rich.table import Table
 
 from clinifed.errors import ConfigError
 from clinifed.load import load_federation
+from clinifed.messages import TRUNK
+from clinifed.privacy.expectations import study
 from clinifed.privacy.plan import Plan, plan_of_contract
 
 __all__ = ["plan_federation", "plan_tables"]
@@ -29,17 +31,19 @@ def plan_federation(config: Path, overrides: Sequence[str] = (), cross_check: bo
     if federation.privacy.mode == "off":
         raise ConfigError(f"{config}: privacy: off has no budget to plan; set privacy.mode=dp")
     # Both load torch; a wrong setting is told before.
+    from clinifed.jobs.basis import planned_basis
     from clinifed.jobs.recipe import build_contract
     from clinifed.models.backbone import load_backbone
 
-    return plan_of_contract(build_contract(federation, load_backbone(federation.model.ref)), cross_check)
+    backbone = planned_basis(federation, load_backbone(federation.model.ref))
+    return plan_of_contract(build_contract(federation, backbone), cross_check)
 
 
 def plan_tables(plan: Plan) -> tuple[Table, ...]:
     """What the run costs; who can learn; and what other accountants say, where they were asked."""
     tables = [_cost(plan)]
     if plan.feasibility:
-        tables.append(_feasibility(plan))
+        tables += [_feasibility(plan), _expectations(plan)]
     if plan.cross_checks is not None:
         tables.append(_cross_checks(plan))
     return tuple(tables)
@@ -89,6 +93,33 @@ def _feasibility(plan: Plan) -> Table:
             f"{row.federated_noise_to_signal:.2f}",
             row.verdict,
         )
+    return table
+
+
+def _expectations(plan: Plan) -> Table:
+    told = study()
+    title = (
+        f"what to expect, by the {told['source']}: {told['labels']} classes, balanced accuracy, 95 % over "
+        f"{told['seeds']} seeds,\nin a public basis (training.basis) of {told['dims']} directions; the nearest case "
+        "that is no larger"
+    )
+    table = Table(title=title)
+    for column in ("site", "specialty"):
+        table.add_column(column, no_wrap=True)
+    for column in ("case", "zero-shot", "federated", "gain"):
+        table.add_column(column, overflow="fold")
+    for row in plan.feasibility:
+        found = row.expectation
+        if found is not None:
+            cells = (
+                f"{found.patients:,} patients, epsilon {found.epsilon:g}, {found.sites} site{'s' * (found.sites > 1)}",
+                f"{found.zero_shot:.2f}",
+                f"{found.balanced_accuracy:.2f} ± {found.interval:.2f}",
+                f"{found.gain:+.2f} ± {found.gain_interval:.2f}" + ("" if found.learns else ": none shown"),
+            )
+            table.add_row(row.site, row.specialty, *cells)
+        elif row.specialty != TRUNK.rstrip("."):  # the study is of heads
+            table.add_row(row.site, row.specialty, "smaller than any", "–", "–", "–")
     return table
 
 

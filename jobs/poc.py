@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from clinifed.config import Federation
+from clinifed.jobs.basis import basis_file, with_basis
 from clinifed.jobs.kit import SERVER
 from clinifed.jobs.kit_processes import LocalKits, free_ports
 from clinifed.jobs.prepare import make_site_keys, prepare_data, site_policies, write_policy
@@ -33,9 +34,10 @@ def prepare_poc(federation: Federation, out: Path, progress: Callable[[str], Non
     first, second = free_ports(2)
     deployment = federation.deployment.model_copy(update={"host": "localhost", "port": first, "admin_port": second})
     federation = federation.model_copy(update={"deployment": deployment})
-    contract = build_contract(federation, load_backbone(federation.model.ref), make_site_keys(federation, out))
+    backbone = with_basis(federation, load_backbone(federation.model.ref), out, progress)
+    contract = build_contract(federation, backbone, make_site_keys(federation, out))
     data = prepare_data(federation, out / "data", progress)
-    policies = site_policies(federation, data, out, contract, (deployment.coordinator,))
+    policies = site_policies(federation, data, out, contract, (deployment.coordinator,), basis_file(federation, out))
     kits = provision(federation, out / "kits", progress)
     for name, policy in policies.items():
         write_policy(kits[name] / "local", policy)

@@ -165,9 +165,17 @@ def make_site_keys(federation: Federation, run: Path) -> dict[str, str]:
 
 
 def site_policies(
-    federation: Federation, data: PreparedData, run: Path, contract: Contract, coordinators: tuple[str, ...]
+    federation: Federation,
+    data: PreparedData,
+    run: Path,
+    contract: Contract,
+    coordinators: tuple[str, ...],
+    basis: Path | None = None,
 ) -> dict[str, SitePolicy]:
     """The policies of sites that this machine plays, from the federation's configuration, and their ledgers.
+
+    Args:
+        basis: the file of the public basis, where the heads train in one.
 
     Raises:
         LedgerError: the ledger of a hospital's data is not there; its steward makes it, once, for its lifetime.
@@ -189,6 +197,7 @@ def site_policies(
             coordinators=coordinators,
             declare=site.declare,
             permit_privacy_off=federation.privacy.mode == "off",
+            basis=basis,
         )
         ledger = Ledger.of(policy)
         if contract.promise.mode == "off" or ledger.chain.path.exists() or ledger.chain.anchor.exists():

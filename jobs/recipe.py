@@ -75,6 +75,7 @@ def build_contract(
     releases = (federation.rounds + privacy.reserve_rounds) * training.local_epochs
     private = privacy.mode == "dp"
     part = build_trainable(backbone, specialties, training)
+    basis = backbone.basis.sha256() if backbone.basis and training.basis != "none" else None
     shapes = {name: tuple(tensor.shape) for name, tensor in sorted(part.shared().items())}
     sigma = noise_multiplier_for(privacy.epsilon, privacy.delta, releases) if private else 0.0
 
@@ -93,7 +94,7 @@ def build_contract(
     return Contract(
         federation=federation.name,
         clinifed_version=__version__,
-        base_model=BaseModelRef(ref=backbone.ref, sha256=backbone.sha256),
+        base_model=BaseModelRef(ref=backbone.ref, sha256=backbone.sha256, basis_sha256=basis),
         specialties=specialties,
         training=training,
         aggregation=federation.aggregation,

@@ -6,6 +6,7 @@ from typing import Any
 
 from clinifed.config import Federation
 from clinifed.executors.flare import SIMULATOR
+from clinifed.jobs.basis import basis_file, with_basis
 from clinifed.jobs.finish import finish_run
 from clinifed.jobs.follow import follow
 from clinifed.jobs.prepare import make_site_keys, prepare_data, site_policies, write_site_folder
@@ -42,7 +43,7 @@ def simulate(
 def _run(
     federation: Federation, run: Path, progress: Callable[[str], None], threads: int, started: float
 ) -> dict[str, Any]:
-    backbone = load_backbone(federation.model.ref)
+    backbone = with_basis(federation, load_backbone(federation.model.ref), run, progress)
     contract = build_contract(federation, backbone, make_site_keys(federation, run))
     promise = contract.promise
     if promise.mode == "dp":
@@ -57,7 +58,7 @@ def _run(
     for name, manifest in data.sites.items():
         count = len({r.patient for r in manifest.records}), len(manifest.records)
         progress(f"  {name}: {count[0]} patients, {count[1]} images, {', '.join(contract.sites[name].specialties)}")
-    policies = site_policies(federation, data, run, contract, (SIMULATOR,))
+    policies = site_policies(federation, data, run, contract, (SIMULATOR,), basis_file(federation, run))
     workspace = run / "flare"
     write_site_folder(workspace / contract.federation / "local", policies, contract)
     log_file = run / "log.txt"

@@ -10,6 +10,7 @@ from clinifed.config import Federation
 from clinifed.contract import Contract
 from clinifed.errors import ConfigError
 from clinifed.files import write_json
+from clinifed.jobs.basis import with_basis
 from clinifed.jobs.chain import RunChain
 from clinifed.jobs.finish import finish_run
 from clinifed.jobs.prepare import PreparedData, prepare_public
@@ -88,7 +89,12 @@ def submit(federation: Federation, admin: Path, out: Path, progress: Callable[[s
                 for name in keyless
             )
         )
-    contract = build_contract(federation, load_backbone(federation.model.ref))
+    if federation.training.basis != "none" and federation.model.basis is None:
+        raise ConfigError(
+            f"training.basis: {federation.training.basis!r}, but model.basis names no file; make one with `clinifed "
+            "basis CONFIG --out FILE`: every site must hold it, and name it in its policy, before the run"
+        )
+    contract = build_contract(federation, with_basis(federation, load_backbone(federation.model.ref), out, progress))
     begin(federation, out, admin, contract)
     progress(f"contract {contract.sha256()}: each site's policy must approve it before the site takes part")
     return resume(out, progress)
@@ -117,6 +123,6 @@ def resume(
     admin, per_job = Path(content["admin_kit"]), federation.deployment.rounds_per_job
     with RunChain(contract, content["run"], out, admin, per_job, progress, patience_s) as chain:
         state = chain.finish()
-    backbone = load_backbone(federation.model.ref)
+    backbone = with_basis(federation, load_backbone(federation.model.ref), out, progress, contract)
     least = federation.evaluation.min_patients
     return finish_run(contract, backbone, data, dict(policies or {}), state, out, started, progress, least)

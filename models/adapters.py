@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from clinifed.config import Specialty, Training
 from clinifed.errors import ModelError
 from clinifed.models.backbone import Backbone
+from clinifed.models.basis import Basis, InBasis
 from clinifed.models.heads import build_heads, zero_shot_heads
 from clinifed.models.trunk import Trunk, build_trunk
 
@@ -22,12 +23,14 @@ class TrainablePart(nn.Module):
     """Features (B, …) → L2-normalised embedding (B, D) → logits {specialty: (B, K)}.
 
     What a federation shares of it is :meth:`shared`: ``trunk.*`` as far as the trunk trains, and
-    ``heads.<specialty>.weight`` (K, D), ``heads.<specialty>.bias`` (K,) for every specialty.
+    ``heads.<specialty>.weight`` (K, D), ``heads.<specialty>.bias`` (K,) for every specialty; in a basis the heads read
+    its d + 1 coordinates, and are weights (K, d + 1) alone.
     """
 
-    def __init__(self, heads: nn.ModuleDict, trunk: Trunk | None = None) -> None:
+    def __init__(self, heads: nn.ModuleDict, trunk: Trunk | None = None, basis: Basis | None = None) -> None:
         super().__init__()
         self.trunk = trunk or Trunk()
+        self.basis = InBasis(basis) if basis else nn.Identity()
         self.heads = heads
 
     def embed(self, features: Tensor) -> Tensor:
@@ -37,8 +40,12 @@ class TrainablePart(nn.Module):
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
         """Logits {specialty: (B, K)} of ``features``, every head on every row."""
-        embedding = self.embed(features)
-        return {name: head(embedding) for name, head in self.heads.items()}
+        return self.classify(self.embed(features))
+
+    def classify(self, embedding: Tensor) -> dict[str, Tensor]:
+        """Logits {specialty: (B, K)} of ``embedding`` (B, D)."""
+        rows = self.basis(embedding)
+        return {name: head(rows) for name, head in self.heads.items()}
 
     def shared(self) -> dict[str, Tensor]:
         """Copies of all parameters that train, by their shared names, in the CPU's memory."""
@@ -80,7 +87,7 @@ class GlobalModel(nn.Module):
     def forward(self, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Embedding (B, D), L2-normalised, and logits {specialty: (B, K)}."""
         embedding = self.part.embed(self.features(pixels))
-        return embedding, {name: head(embedding) for name, head in self.part.heads.items()}
+        return embedding, self.part.classify(embedding)
 
 
 class FrozenPart:
@@ -103,12 +110,22 @@ def build_trainable(
     """The trainable part at its start (zero-shot), or with ``state`` loaded.
 
     Raises:
-        ModelError: the backbone has no such part, or ``state`` has other names or shapes.
+        ModelError: the backbone has no such part or no basis, or ``state`` has other names or shapes.
     """
+    basis = None if training.basis == "none" else backbone.basis
+    if training.basis != "none" and basis is None:
+        raise ModelError(
+            f"training.basis: {training.basis!r}, but no basis is at hand; make it with `clinifed basis CONFIG --out "
+            "FILE`, and name the file under model.basis and, at a site, under `basis` of its policy"
+        )
     trunk = build_trunk(backbone, training)
     start = zero_shot_heads(backbone, specialties, training.temperature)
-    embed_dim = next(iter(start.values())).shape[1]
-    part = TrainablePart(build_heads(specialties, embed_dim), trunk)
+    dims = next(iter(start.values())).shape[1]
+    if basis is not None:
+        if len(basis.mean) != dims:
+            raise ModelError(f"the basis is of {len(basis.mean)} dimensions, the embedding has {dims}: another model's")
+        start, dims = basis.heads(start), basis.dims
+    part = TrainablePart(build_heads(specialties, dims, bias=basis is None), trunk, basis)
     part.load_shared({**part.shared(), **start})
     if state is not None:
         part.load_shared(state)

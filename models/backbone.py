@@ -3,12 +3,13 @@
 Its weights are loaded when something needs them, which a site whose images are all in the cache does not.
 """
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.nn import functional
 
 from clinifed import __version__
 from clinifed.errors import ModelError
+from clinifed.models.basis import Basis
 from clinifed.models.identity import Identity, KeptIdentity, prompts_key
 from clinifed.models.mirror import Mirror, check_mirror
 from clinifed.models.model_files import MIRROR, ModelFiles, Preprocess
@@ -54,11 +56,18 @@ class Backbone:
         self._files, self._kept = files, kept
         self._tower: Tower | None = None
         self._tokenizer: Tokenizer | None = None
+        self.basis: Basis | None = None  # that heads may train in
         if identity is None:
             self._tokenizer = load_tokenizer(files)  # wrong ones are refused before the weights are read
             self._tower = load_tower(files)
             identity = Identity(self._tower.sha256, self._tower.preprocess, self._tower.parameter_bytes)
         self._identity = identity
+
+    def with_basis(self, basis: Basis | None) -> Self:
+        """The same backbone with another basis."""
+        other = copy.copy(self)
+        other.basis = basis
+        return other
 
     @property
     def sha256(self) -> str:

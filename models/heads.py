@@ -32,6 +32,10 @@ def zero_shot_heads(backbone: Backbone, specialties: Mapping[str, Specialty], te
     return state
 
 
-def build_heads(specialties: Mapping[str, Specialty], embed_dim: int) -> nn.ModuleDict:
-    """Untrained heads, embedding (B, D) → logits (B, K), keyed by specialty; load the zero-shot state next."""
-    return nn.ModuleDict({name: nn.Linear(embed_dim, len(s.labels)) for name, s in specialties.items()})
+def build_heads(specialties: Mapping[str, Specialty], dims: int, bias: bool = True) -> nn.ModuleDict:
+    """Untrained heads, rows (B, dims) → logits (B, K), keyed by specialty; load the zero-shot state next.
+
+    Args:
+        bias: not where the rows end in a constant.
+    """
+    return nn.ModuleDict({name: nn.Linear(dims, len(s.labels), bias) for name, s in specialties.items()})

@@ -24,6 +24,7 @@ from clinifed.messages import TRUNK, specialty_of
 from clinifed.privacy.accountant import budget_units, cost_units, epsilon_of, noise_multiplier_for
 from clinifed.privacy.claims import TRUST_MODEL
 from clinifed.privacy.crosscheck import CrossCheck, agree, cross_checks
+from clinifed.privacy.expectations import STUDY_DELTA, Expectation, expectation
 
 __all__ = ["TWO_LABEL_HEAD", "Feasibility", "Group", "Plan", "Verdict", "make_plan", "plan_of_contract"]
 
@@ -61,6 +62,7 @@ class Feasibility:
     sites: int  # how many train this part
     federated_noise_to_signal: float  # the average over those sites
     verdict: Verdict
+    expectation: Expectation | None  # by a study of heads; None of a trunk, and where all its cases are larger
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,8 @@ def make_plan(
         agree(checks)
     if patients is not None:
         groups = [*groups, Group(_ANY, _ANY, patients, 1.0, parameters)]
-    rows = _feasibility(sigma, rounds * local_steps, groups)
+    studied = epsilon_of(rounds * local_steps * unit, STUDY_DELTA)
+    rows = _feasibility(sigma, rounds * local_steps, groups, studied)
     alone = epsilon_of(rounds * local_steps * unit, delta)
     return Plan(
         noise_multiplier=sigma,
@@ -225,8 +228,12 @@ def _groups(contract: Contract) -> list[Group]:
     return groups
 
 
-def _feasibility(sigma: float, steps: int, groups: Sequence[Group]) -> tuple[Feasibility, ...]:
-    """Noise over signal of each group, alone and averaged; C cancels out. Reserve rounds are not steps taken."""
+def _feasibility(sigma: float, steps: int, groups: Sequence[Group], studied: float) -> tuple[Feasibility, ...]:
+    """Noise over signal of each group, alone and averaged; C cancels out. Reserve rounds are not steps taken.
+
+    Args:
+        studied: the epsilon that these steps amount to at the study's delta.
+    """
     noise = {id(g): sigma * sqrt(g.parameters) / (g.nominal_patients * sqrt(steps)) for g in groups}
     together: dict[str, list[Group]] = defaultdict(list)
     for group in groups:
@@ -253,6 +260,9 @@ def _feasibility(sigma: float, steps: int, groups: Sequence[Group]) -> tuple[Fea
                 sites=len(together[g.specialty]),
                 federated_noise_to_signal=shared,
                 verdict=verdict,
+                expectation=None
+                if g.specialty == TRUNK.rstrip(".")
+                else expectation(g.nominal_patients * g.share, studied, len(together[g.specialty])),
             )
         )
     return tuple(rows)

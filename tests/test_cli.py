@@ -28,8 +28,8 @@ VERBS = sorted(verbs(build_parser()))
 def test_the_verbs_are_those_the_readme_shows() -> None:
     shown = set(
         re.findall(
-            r"clinifed (demo|simulate|export|evaluate|job|poc|provision|preflight|submit|status|finetune|personalise"
-            r"|verify|inspect|bench|keys \w+|data \w+|models \w+|privacy +\w+)\b",
+            r"clinifed (demo|simulate|export|evaluate|job|basis|poc|provision|preflight|submit|status"
+            r"|finetune|personalise|verify|inspect|bench|keys \w+|data \w+|models \w+|privacy +\w+)\b",
             (ROOT / "README.md").read_text(),
         )
     )
