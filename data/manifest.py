@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -114,11 +114,18 @@ def content_sha256(records: Sequence[Record]) -> str | None:
     return sha256_of(canonical_json(sorted([r.sha256, r.patient, r.specialty, r.label, r.split] for r in records)))
 
 
-def changed_images(manifest: Manifest) -> tuple[Record, ...]:
-    """The images whose file is gone, or is not the one that was indexed; those without a hash only if they are gone."""
+def changed_images(manifest: Manifest, contents: Mapping[str, str | None] | None = None) -> tuple[Record, ...]:
+    """The images whose file is gone, or is not the one that was indexed; those without a hash only if they are gone.
+
+    Args:
+        contents: image → SHA-256 of its file, None where it cannot be read, for a caller who has read them all.
+    """
 
     def holds(record: Record) -> bool:
         path = manifest.folder / record.image
+        if contents is not None:
+            found = contents[record.image]
+            return found is not None and record.sha256 in ("", found)
         try:
             return file_sha256(path) == record.sha256 if record.sha256 else path.is_file()
         except OSError:
