@@ -135,6 +135,30 @@ def _tokenizer(name: str) -> Callable[[Sequence[str]], Tensor]:
     return found
 
 
+def _preprocess(ref: str, config: Mapping[str, Any]) -> Preprocess:
+    """What is implemented of open_clip's ``preprocess_cfg``; its ``fill_color`` pads with ``longest`` alone.
+
+    Raises:
+        ModelError: the model was trained on images that were prepared otherwise: its features of ours would be others.
+    """
+    size, mode, resize = config["size"], config.get("mode", "RGB"), config.get("resize_mode") or "shortest"
+    sides = {size} if isinstance(size, int) else set(size)
+    problems = []
+    if resize != "shortest":
+        problems.append(f"resize_mode {resize!r}: only 'shortest', and the middle of it, is implemented")
+    if config["interpolation"] not in ("bicubic", "bilinear"):
+        problems.append(f"interpolation {config['interpolation']!r}: only 'bicubic' and 'bilinear' are implemented")
+    if mode != "RGB":
+        problems.append(f"mode {mode!r}: only 'RGB' is implemented")
+    if len(sides) != 1:
+        problems.append(f"size {size!r}: only squares are implemented")
+    if problems:
+        raise ModelError(
+            *(f"{ref}: preprocess_cfg.{problem}; use another base model, or train one so" for problem in problems)
+        )
+    return Preprocess(int(sides.pop()), tuple(config["mean"]), tuple(config["std"]), str(config["interpolation"]))
+
+
 def load_backbone(ref: str) -> Backbone:
     """Load a frozen backbone on the CPU, in evaluation mode. Nothing of it is unpickled or run as a program.
 
@@ -142,7 +166,7 @@ def load_backbone(ref: str) -> Backbone:
         ref: ``tiny`` (ships with clinifed), ``local-dir:PATH`` or ``hf-hub:OWNER/NAME``.
 
     Raises:
-        ModelError: the reference is unknown, incomplete or cannot be fetched.
+        ModelError: the reference is unknown, incomplete or cannot be fetched, or the model wants its images otherwise.
     """
     name, overrides = _open_clip_ref(ref)
     try:
@@ -157,14 +181,7 @@ def load_backbone(ref: str) -> Backbone:
             "the model to a directory and use 'local-dir:/that/directory'"
         ) from error
     model.eval().requires_grad_(False)
-    config = open_clip.get_model_preprocess_cfg(model)
-    size = config["size"]
-    preprocess = Preprocess(
-        size_px=int(size if isinstance(size, int) else size[0]),
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-        interpolation=str(config["interpolation"]),
-    )
+    preprocess = _preprocess(ref, open_clip.get_model_preprocess_cfg(model))
     backbone = Backbone(ref, model, tokenizer, preprocess, state_sha256(model.state_dict()))
     log.info("backbone %s: %.1f MB, sha256 %s", ref, backbone.parameter_bytes / 1e6, backbone.sha256[:12])
     return backbone
