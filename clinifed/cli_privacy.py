@@ -160,7 +160,7 @@ def _free(args: argparse.Namespace, console: _Console) -> None:
 def _touched(args: argparse.Namespace, console: _Console) -> None:
     from dataclasses import asdict
 
-    from clinifed.jobs.withdrawal import touched_by
+    from clinifed.jobs.withdrawal import touched_by, withdraw
 
     identity = sys.stdin.readline().rstrip("\n")  # on a command line it would stay in the shell's history
     found = touched_by(identity, args.policy, args.issuer, args.card or ())
@@ -168,7 +168,20 @@ def _touched(args: argparse.Namespace, console: _Console) -> None:
         f"job {t.job}: {len(t.rounds)} releases; models: {', '.join(t.checkpoints) or 'none of those given'}"
         for t in found
     ]
-    console.result({"touched": [asdict(t) for t in found]}, *(lines or ["no release touched this patient's data"]))
+    content: dict[str, Any] = {"touched": [asdict(t) for t in found]}
+    lines = lines or ["no release touched this patient's data"]
+    if args.withdraw:
+        gone = withdraw(identity, args.policy, args.issuer)
+        content["withdrawn"] = asdict(gone)
+        lines.append(
+            f"embedding cache: {gone.rows} rows dropped, and {gone.shards} shards of which nobody can say whose"
+        )
+        if gone.listed:
+            lines.append(
+                f"the manifest still names {gone.listed} images of this patient: remove them and `clinifed data index` "
+                "again, or the next run reads them"
+            )
+    console.result(content, *lines)
 
 
 def add_privacy_verbs(privacy: Any, verb: Callable[..., argparse.ArgumentParser]) -> None:
@@ -200,6 +213,9 @@ def add_privacy_verbs(privacy: Any, verb: Callable[..., argparse.ArgumentParser]
     touched.add_argument("--policy", type=Path, required=True, help="the site's policy file")
     touched.add_argument("--issuer", default="", help="IssuerOfPatientID, where the records have one")
     touched.add_argument("--card", type=Path, action="append", help="card.json of a checkpoint; repeatable")
+    touched.add_argument(
+        "--withdraw", action="store_true", help="the patient withdraws: drop the embeddings that the site keeps of them"
+    )
     group = privacy.add_parser("ledger", help="the site's budget ledger").add_subparsers(
         title="verbs", required=True, metavar="VERB"
     )
