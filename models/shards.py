@@ -163,7 +163,8 @@ def _shard_name(key: bytes, tag: str, content: bytes) -> str:
 def _encoded(rows: Sequence[bytes], features: Tensor) -> bytes:
     names = torch.from_numpy(np.frombuffer(b"".join(rows), np.uint8).reshape(-1, _ROW_BYTES).copy())
     halves = {"images": names[:, :_HALF_BYTES].contiguous(), "rows": names[:, _HALF_BYTES:].contiguous()}
-    return save({**halves, "features": features.to(torch.float32).contiguous()})
+    content: bytes = save({**halves, "features": features.to(torch.float32).contiguous()})
+    return content
 
 
 def _parsed(key: bytes, path: Path, content: bytes) -> "Shard | None":
