@@ -84,7 +84,7 @@ def main() -> None:
             path = Path(folder) / f"{made}{Path(file.name).suffix}"
             path.write_bytes(content)
             made += 1
-            for ask in (decoder.pixels, decoder.identity):
+            for ask in (decoder.pixels, decoder.origin):
                 try:
                     ask(path)
                     outcomes["read"] += 1

@@ -160,15 +160,29 @@ def _free(args: argparse.Namespace, console: _Console) -> None:
 def _touched(args: argparse.Namespace, console: _Console) -> None:
     from dataclasses import asdict
 
-    from clinifed.jobs.withdrawal import touched_by
+    from clinifed.jobs.withdrawal import touched_by, withdraw
 
     identity = sys.stdin.readline().rstrip("\n")  # on a command line it would stay in the shell's history
-    found = touched_by(identity, args.policy, args.issuer, args.card or (), withdraw=args.withdraw)
+    gone = withdraw(identity, args.policy, args.issuer) if args.withdraw else None
+    found = touched_by(identity, args.policy, args.issuer, args.card or ())
     lines = [
         f"job {t.job}: {len(t.rounds)} releases; models: {', '.join(t.checkpoints) or 'none of those given'}"
         for t in found
     ]
-    console.result({"touched": [asdict(t) for t in found]}, *(lines or ["no release touched this patient's data"]))
+    content: dict[str, Any] = {"touched": [asdict(t) for t in found]}
+    lines = lines or ["no release touched this patient's data"]
+    if gone is not None:
+        content["withdrawn"] = asdict(gone)
+        lines.append(
+            f"no later training reads this patient; embedding cache: {gone.rows} rows dropped, and {gone.shards} "
+            "shards of which nobody can say whose"
+        )
+        if gone.listed:
+            lines.append(
+                f"the manifest still names {gone.listed} images of this patient: remove the files, and `clinifed data "
+                "index` again"
+            )
+    console.result(content, *lines)
 
 
 def add_privacy_verbs(privacy: Any, verb: Callable[..., argparse.ArgumentParser]) -> None:
@@ -200,7 +214,11 @@ def add_privacy_verbs(privacy: Any, verb: Callable[..., argparse.ArgumentParser]
     touched.add_argument("--policy", type=Path, required=True, help="the site's policy file")
     touched.add_argument("--issuer", default="", help="IssuerOfPatientID, where the records have one")
     touched.add_argument("--card", type=Path, action="append", help="card.json of a checkpoint; repeatable")
-    touched.add_argument("--withdraw", action="store_true", help="and leave the patient out of all later training")
+    touched.add_argument(
+        "--withdraw",
+        action="store_true",
+        help="the patient withdraws: no later training reads them, and the embeddings kept of them are dropped",
+    )
     group = privacy.add_parser("ledger", help="the site's budget ledger").add_subparsers(
         title="verbs", required=True, metavar="VERB"
     )

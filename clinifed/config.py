@@ -59,6 +59,9 @@ class Specialty(_Settings):
 
     modality: str = ""  # for people; the model does not read it
     labels: dict[str, tuple[str, ...]]  # label → its prompts; the order is the order of the logits
+    # Of a volume, evenly spread: of a file's frames, and of the slices of a CT, MR or PET series; 1 is the key slice.
+    # By default the middle frame of every file, and every file of a series is an image.
+    frames: int | None = Field(None, ge=1, le=64)
 
     @field_validator("labels", mode="before")
     @classmethod

@@ -15,9 +15,16 @@ from scipy import ndimage
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-__all__ = ["has_text", "suspicion"]
+__all__ = ["SEEN", "SUSPICIONS", "has_text", "suspicion"]
 
 Floats = NDArray[np.float32]
+
+_DECLARED = "burned-in annotation is declared"
+_PAGE = "picture of a screen or a page is suspected"
+_COPY = "copy of a film, a page or a video is suspected"
+_USUAL = "burned-in annotation is usual for this equipment"
+SEEN = "text in the pixels is suspected"  # where has_text() finds some
+SUSPICIONS = frozenset((_DECLARED, _PAGE, _COPY, _USUAL, SEEN))  # which a person who looks at the picture can settle
 
 # Words of Image Type (0008,0008) and of descriptions by which pictures of screens and pages are known.
 _PAGES = (
@@ -51,18 +58,18 @@ def suspicion(ds: Dataset) -> str | None:
     described = " ".join(_text(ds, name) for name in ("ImageType", "SeriesDescription", "DerivationDescription"))
     described = described.replace("_", " ")
     if declared == "YES":
-        return "burned-in annotation is declared"
+        return _DECLARED
     if any(word in described for word in _PAGES):
-        return "picture of a screen or a page is suspected"
+        return _PAGE
     if _text(ds, "ConversionType") in _COPIES or modality in _DOCUMENTS:
-        return "copy of a film, a page or a video is suspected"
+        return _COPY
     makers = " ".join(_text(ds, name) for name in ("Manufacturer", "SecondaryCaptureDeviceManufacturer"))
     if any(maker in makers for maker in _COPIERS):
-        return "copy of a film, a page or a video is suspected"
+        return _COPY
     sop_class = str(ds.get("SOPClassUID") or "")
     labelled = any(sop_class == uid or sop_class.startswith(f"{uid}.") for uid in _LABELLED_CLASSES)
     if (labelled or modality in _LABELLED) and declared != "NO":
-        return "burned-in annotation is usual for this equipment"
+        return _USUAL
     return None
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from clinifed.data.decoding import Decoder, default_decoder
 from clinifed.data.manifest import Manifest, Record
 from clinifed.data.reasons import Reason
+from clinifed.data.series import chosen_slices
 from clinifed.data.volumes import KEY_FRAME, Frames
 from clinifed.errors import DataError
 
@@ -40,10 +41,16 @@ class Batch:
     skipped: Counter[str]  # reason → images; reasons name nobody
 
 
-def patients(manifest: Manifest, split: str | None, specialties: Sequence[str]) -> tuple[Patient, ...]:
-    """The patients of ``split`` (None: all) with their images of ``specialties``, sorted by key."""
+def patients(
+    manifest: Manifest, split: str | None, specialties: Sequence[str], frames: Mapping[str, Frames] | None = None
+) -> tuple[Patient, ...]:
+    """The patients of ``split`` (None: all) with their images of ``specialties``, sorted by key.
+
+    Args:
+        frames: specialty → how many slices stand for a stack of CT, MR or PET; where nothing is said, all.
+    """
     bags: dict[str, list[Record]] = defaultdict(list)
-    for record in manifest.records:
+    for record in chosen_slices(manifest.records, frames or {}):
         if record.specialty in specialties and split in (None, record.split):
             bags[record.patient].append(record)
     return tuple(Patient(key, tuple(sorted(bags[key], key=lambda r: r.image))) for key in sorted(bags))
@@ -68,14 +75,14 @@ def iter_pixels(
     frames: Mapping[str, Frames] | None = None,
     decoder: Decoder | None = None,
 ) -> Iterator[Batch]:
-    """Batches of at most ``batch_size`` images, in order; memory does not grow with the number of images.
+    """Batches of at most ``batch_size`` rows, in order; memory does not grow with the number of images.
 
     Files are read in processes of their own. The next batch is made while the caller works on this one. An image that
     cannot be read, or that ends its reader, is left out and counted, never fatal.
 
     Args:
-        frames: specialty → how many frames of a volume stand for it; the middle one where nothing is said. A volume
-            adds as many rows to its batch.
+        frames: specialty → how many frames of a file stand for it; the middle one where nothing is said. A file of
+            several adds as many rows to its batch, and makes a batch of its own where it has more than ``batch_size``.
         decoder: the process's own where there is none.
     """
     from clinifed.data.transforms import transform  # MONAI takes six seconds to import: only where images are read
@@ -84,12 +91,12 @@ def iter_pixels(
         return
     apply, reader = transform(preprocess), decoder or default_decoder()
     policies, size = frames or {}, preprocess.size_px
+    parts = _parts(records, [policies.get(record.specialty, KEY_FRAME).count for record in records], batch_size)
 
-    def batch(start: int) -> Batch:
+    def batch(part: Sequence[Record]) -> Batch:
         tensors: list[Tensor] = []
         read: list[Record] = []
         skipped: Counter[str] = Counter()
-        part = records[start : start + batch_size]
         wanted = [(manifest.folder / record.image, policies.get(record.specialty, KEY_FRAME)) for record in part]
         for record, found in zip(part, reader.volumes(wanted), strict=True):
             try:
@@ -105,16 +112,33 @@ def iter_pixels(
         return Batch(torch.stack(tensors) if tensors else torch.zeros(0, 3, size, size), tuple(read), skipped)
 
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as ahead:
-        following = ahead.submit(batch, 0)
-        for start in range(0, len(records), batch_size):
+        following = ahead.submit(batch, next(parts))
+        for part in parts:
             current = following.result()
-            if start + batch_size < len(records):
-                following = ahead.submit(batch, start + batch_size)
+            following = ahead.submit(batch, part)
             yield current
+        yield following.result()
 
 
-def load_pixels(manifest: Manifest, records: Sequence[Record], preprocess: "Preprocess") -> Batch:
-    """All of ``records`` at once, for small sets."""
+def _parts(records: Sequence[Record], rows: Sequence[int], batch_size: int) -> Iterator[Sequence[Record]]:
+    """``records`` cut where the next one's ``rows`` would be too many; none of them is empty."""
+    start = total = 0
+    for number, more in enumerate(rows):
+        if number > start and total + more > batch_size:
+            yield records[start:number]
+            start, total = number, 0
+        total += more
+    yield records[start:]
+
+
+def load_pixels(
+    manifest: Manifest,
+    records: Sequence[Record],
+    preprocess: "Preprocess",
+    frames: Mapping[str, Frames] | None = None,
+) -> Batch:
+    """All of ``records`` at once, for small sets; ``frames`` as for :func:`iter_pixels`."""
     size = preprocess.size_px
     nothing = Batch(torch.zeros(0, 3, size, size), (), Counter())
-    return next(iter_pixels(manifest, records, preprocess, max(1, len(records))), nothing)
+    rows = sum((frames or {}).get(record.specialty, KEY_FRAME).count for record in records)
+    return next(iter_pixels(manifest, records, preprocess, max(1, rows), frames=frames), nothing)

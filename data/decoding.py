@@ -9,6 +9,7 @@ Guarantees:
 """
 
 import atexit
+import json
 import os
 import time
 import weakref
@@ -20,7 +21,7 @@ from pathlib import Path
 from queue import LifoQueue
 from threading import Lock
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +38,7 @@ Floats = NDArray[np.float32]
 
 _FILES_OF_ONE_READER = 5000  # then a new one, in case a codec leaks
 _MAX_TEXT = 1 << 16  # characters of one value of a header
+_FIELDS = 6  # of clinifed.data.fingerprint.Header
 
 
 @dataclass
@@ -96,47 +98,38 @@ class Decoder:
         with self._lock:
             return sorted(reader.pid for reader in self._living)
 
-    def identity(self, path: Path) -> tuple[str, str]:
-        """As :func:`clinifed.data.dicom.identity`, in a reader.
+    def origin(self, path: Path, label_tag: int | None = None) -> tuple[str, ...]:
+        """The fields of :func:`clinifed.data.fingerprint.read_header`, in a reader.
 
         Raises:
             DataError: as there, or reading it crashed, took too long or too much memory.
         """
-        issuer, patient = self._texts({"ask": "identity", "path": str(path)}, 2)
-        return issuer, patient
-
-    def origin(self, path: Path, label_tag: int | None = None) -> tuple[str, str, str, str]:
-        """The fields of :func:`clinifed.data.fingerprint.read_header`, in a reader. Raises as :meth:`identity` does."""
-        issuer, patient, uid, label = self._texts({"ask": "origin", "path": str(path), "label_tag": label_tag}, 4)
-        return issuer, patient, uid, label
-
-    def _texts(self, request: dict[str, Any], count: int) -> list[str]:
-        value = self._ask(request)[0].get("value")
-        if (
-            not isinstance(value, list)
-            or len(value) != count
-            or not all(isinstance(part, str) and len(part) <= _MAX_TEXT for part in value)
-        ):
+        value = self._ask({"ask": "origin", "path": str(path), "label_tag": label_tag})[0].get("value")
+        if not _texts(value) or len(value) != _FIELDS or any(len(text) > _MAX_TEXT for text in value):
             raise DataError(Reason.CRASHED)
-        return value
+        return tuple(value)
 
-    def header(self, path: Path) -> dict[str, str | int | None]:
-        """As :func:`clinifed.data.dicom.header`, in a reader. Raises as :meth:`identity` does."""
-        value = self._ask({"ask": "header", "path": str(path)})[0].get("value")
-        if not isinstance(value, dict) or not all(isinstance(v, str | int | None) for v in value.values()):
+    def directory(self, path: Path) -> list[list[str]]:
+        """As :func:`clinifed.data.dicomdir.read_directory`, in a reader. Raises as :meth:`origin` does."""
+        listed = self._ask({"ask": "directory", "path": str(path)})[1]
+        try:
+            names = json.loads(listed) if isinstance(listed, bytes) else None
+        except (ValueError, RecursionError):
+            names = None
+        if not isinstance(names, list) or not all(_texts(parts) for parts in names):
             raise DataError(Reason.CRASHED)
-        return cast(dict[str, str | int | None], value)
+        return names
 
     def pixels(self, path: Path) -> Floats:
-        """As :func:`clinifed.data.dicom.read_pixels`, in a reader. Raises as :meth:`identity` does."""
+        """As :func:`clinifed.data.dicom.read_pixels`, in a reader. Raises as :meth:`origin` does."""
         picture: Floats = self.volume(path, KEY_FRAME)[0]
         return picture
 
     def volume(self, path: Path, frames: Frames = KEY_FRAME) -> Floats:
-        """As :func:`clinifed.data.dicom.read_volume`, in a reader. Raises as :meth:`identity` does."""
+        """As :func:`clinifed.data.dicom.read_volume`, in a reader. Raises as :meth:`origin` does."""
         values = self._ask({"ask": "pixels", "path": str(path), "frames": frames.count})[1]
         # NaN is in no range.
-        if values is None or not (values.min() >= 0 and values.max() <= 1):
+        if not isinstance(values, np.ndarray) or not (values.min() >= 0 and values.max() <= 1):
             raise DataError(Reason.CRASHED)
         return values
 
@@ -159,7 +152,7 @@ class Decoder:
             finally:
                 threads.shutdown(wait=False, cancel_futures=True)
 
-    def _ask(self, request: dict[str, Any]) -> tuple[dict[str, Any], Floats | None]:
+    def _ask(self, request: dict[str, Any]) -> tuple[dict[str, Any], Floats | bytes | None]:
         if "\0" in request["path"]:
             raise DataError(Reason.NO_FILE)
         idle = self._idle
@@ -216,6 +209,10 @@ class Decoder:
         for reader in self._living:
             reader.forget()
         self._reset()
+
+
+def _texts(value: object) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(isinstance(part, str) for part in value)
 
 
 def _result(future: Future[Floats]) -> Floats | DataError:

@@ -14,7 +14,7 @@ import os
 import resource
 import sys
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from time import process_time
 from typing import Any, BinaryIO
@@ -76,21 +76,20 @@ def allow_cpu(limits: Limits) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (int(process_time()) + limits.cpu_s, hard))
 
 
-def answer(request: dict[str, Any]) -> tuple[dict[str, Any], NDArray[np.float32] | None]:
+def answer(request: dict[str, Any]) -> tuple[dict[str, Any], NDArray[np.float32] | bytes | None]:
     """What one request asks for; a reason where the file does not give it."""
-    from clinifed.data.dicom import header, identity, read_volume
+    from clinifed.data.dicom import read_volume
+    from clinifed.data.dicomdir import read_directory
     from clinifed.data.fingerprint import read_header
     from clinifed.data.volumes import Frames
 
     path = Path(request["path"])
     try:
-        if request["ask"] == "identity":
-            return {"value": identity(path)}, None
         if request["ask"] == "origin":
-            found = read_header(path, request["label_tag"])
-            return {"value": [found.issuer, found.patient, found.sop_instance_uid, found.label]}, None
-        if request["ask"] == "header":
-            return {"value": header(path)}, None
+            return {"value": astuple(read_header(path, request["label_tag"]))}, None
+        if request["ask"] == "directory":
+            listed = json.dumps(read_directory(path)).encode()
+            return {"bytes": len(listed)}, listed
         volume = read_volume(path, Frames(request["frames"]))
         return {"shape": volume.shape}, volume
     except DataError as error:
@@ -111,18 +110,20 @@ def read_request(stream: BinaryIO) -> dict[str, Any] | None:
     return request
 
 
-def write_answer(stream: BinaryIO, header: dict[str, Any], body: NDArray[np.float32] | None) -> None:
-    """Header and values; ``body`` must be contiguous."""
+def write_answer(stream: BinaryIO, header: dict[str, Any], body: NDArray[np.float32] | bytes | None) -> None:
+    """Header and values; an array must be contiguous."""
     text = json.dumps(header).encode()
     stream.write(len(text).to_bytes(LENGTH_BYTES, "big") + text)
     if body is not None:
-        stream.write(body.data.cast("B"))
+        stream.write(body if isinstance(body, bytes) else body.data.cast("B"))
     stream.flush()
 
 
 def main() -> None:
     """Answer until standard input closes, or a file took all the memory."""
     limits = Limits(**json.loads(sys.argv[1]))
+    import clinifed.data.dicom
+    import clinifed.data.dicomdir
     import clinifed.data.fingerprint  # noqa: F401 - all libraries and codecs, before memory is limited
 
     # Codecs written in C print to 1 and 2; answers go where they cannot.

@@ -64,8 +64,11 @@ class Deidentifier:
     ) -> None:
         self._end()
 
-    def file(self, path: Path) -> tuple[str, bytes, str, Counter[str]]:
+    def file(self, path: Path, *, reviewed: bool = False) -> tuple[str, bytes, str, Counter[str]]:
         """One file de-identified: its name, content, SOP Class UID, and what was done.
+
+        Args:
+            reviewed: a person has looked at the picture: no text is suspected in it any more.
 
         Raises:
             DataError: it must stay behind, or it ended the process, or took too long or too much memory.
@@ -73,7 +76,7 @@ class Deidentifier:
         try:
             process = self._started()
             deadline = time.monotonic() + self._wall_s
-            self._say(process, {"path": os.fsdecode(path)})
+            self._say(process, {"path": os.fsdecode(path), "reviewed": reviewed})
             header = self._line(process, deadline)
             if isinstance(reason := header.get("reason"), str) and len(reason) <= _MAX_REASON:
                 raise DataError(reason)
@@ -194,9 +197,11 @@ def main() -> None:
     with suppress(BrokenPipeError, KeyboardInterrupt):
         answer({"ready": True})
         for line in sys.stdin.buffer:
-            path = Path(json.loads(line)["path"])
+            asked = json.loads(line)
             try:
-                found = deidentify_file(path, profile, key, issuer=settings["issuer"])
+                found = deidentify_file(
+                    Path(asked["path"]), profile, key, issuer=settings["issuer"], reviewed=asked["reviewed"]
+                )
             except DataError as error:
                 answer({"reason": str(error)})
                 continue

@@ -21,10 +21,11 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 
-from clinifed.data.burned_in import has_text, suspicion
+from clinifed.data.burned_in import SEEN, SUSPICIONS, has_text, suspicion
 from clinifed.data.deid_dataset import Patient, protect
 from clinifed.data.deid_pixels import bare_pixels, frames
 from clinifed.data.deid_process import Deidentifier
+from clinifed.data.deid_review import content_of, read_reviewed
 from clinifed.data.deid_table import EDITION, Profile, image_classes
 from clinifed.data.deid_values import shift_days
 from clinifed.data.dicom import is_dicom
@@ -60,6 +61,7 @@ class DeidentifyReport:
     unchanged: int = 0  # were there already, byte by byte
     skipped: Counter[str] = field(default_factory=Counter)  # reason → files; reasons name nobody
     left_out: list[tuple[Path, str]] = field(default_factory=list)
+    reviewed: Counter[str] = field(default_factory=Counter)  # suspicion → files released since somebody looked at them
 
     def to_dict(self) -> dict[str, object]:
         """Counts and settings; names nobody."""
@@ -69,6 +71,7 @@ class DeidentifyReport:
             "written": self.written,
             "unchanged": self.unchanged,
             "left_out": dict(sorted(self.skipped.items())),
+            "reviewed": dict(sorted(self.reviewed.items())),
         }
 
 
@@ -94,6 +97,7 @@ def deidentify_folder(
     *,
     key: Path | None = None,
     issuer: str = "",
+    reviewed: Path | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> DeidentifyReport:
     """De-identify every DICOM image beneath ``folder`` into ``out``, and say what became of the rest.
@@ -108,14 +112,18 @@ def deidentify_folder(
         - Patients carry the pseudonyms that a manifest made with the same key and issuer gives them.
         - A file that cannot be read, checked or protected is left out; reasons hold no text of any file.
         - Files are read in a process of its own; one that crashes it, hangs or fills its memory is left out.
+        - Where text is suspected in a picture, it leaves only by its hash in ``reviewed``, and the report says so.
 
     Args:
         options: of ``clinifed.data.deid_table.OPTIONS``; none is the Basic Profile alone.
         key: the site's; by default ``site.key`` beside ``out``, made where there is none.
         issuer: whose PatientIDs those without an IssuerOfPatientID are, as for ``clinifed data index``.
+        reviewed: list of files in the quarantine whose pictures a person looked at and releases; see
+            :func:`clinifed.data.deid_review.read_reviewed`. It has to be given each time.
 
     Raises:
-        DataError: a folder or the key cannot be used, or an option is refused; nothing was written.
+        DataError: a folder or the key cannot be used, or an option is refused, or a
+            file is released that is not in quarantine; nothing was written.
     """
     profile = Profile(options)
     if not folder.is_dir():
@@ -126,27 +134,40 @@ def deidentify_folder(
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is not a folder")
     secret = None if key is None else read_key(key)
+    quarantine = out.with_name(f"{out.name}.quarantine.jsonl")
+    released = {} if reviewed is None else read_reviewed(reviewed, quarantine)
     out.mkdir(parents=True, exist_ok=True, mode=0o700)
     secret = site_key(out.parent) if secret is None else secret
     report = DeidentifyReport(profile.options)
     lines: list[bytes] = []
+    kept_back: list[dict[str, object]] = []
     with Deidentifier(profile.options, secret, issuer) as process:
         for path in _files(folder):
+            digest = content_of(path) if released else None
+            waived = released.get(digest or "")
             try:
-                name, content, sop_class, done = process.file(path)
+                name, content, sop_class, done = process.file(path, reviewed=waived is not None)
+                if waived is not None and content_of(path) != digest:
+                    raise DataError("changed while it was read")  # it may not be what was looked at
                 new = _write(out / name, content)
             except DataError as reason:
                 report.skipped[str(reason)] += 1
                 report.left_out.append((path, str(reason)))
+                suspect = {"sha256": content_of(path)} if str(reason) in SUSPICIONS else {}
+                kept_back.append({"path": str(path), "reason": str(reason), **suspect})
                 continue
             report.written += new
             report.unchanged += not new
             line = {"file": name, "sop_class": UID(sop_class).name, "attributes": done}
+            if waived is not None:
+                report.reviewed[waived] += 1
+                line["reviewed"] = waived
+                # It stays on the list, so that the same review holds for the next run.
+                kept_back.append({"path": str(path), "reason": waived, "sha256": digest, "reviewed": True})
             lines.append(canonical_json(line) + b"\n")
             if len(lines) % 100 == 0:
                 progress(f"{len(lines)} images de-identified")
-    quarantine = [canonical_json({"path": str(path), "reason": why}) + b"\n" for path, why in report.left_out]
-    write_atomic(out.with_name(f"{out.name}.quarantine.jsonl"), b"".join(quarantine), OWNER_ONLY)
+    write_atomic(quarantine, b"".join(canonical_json(entry) + b"\n" for entry in kept_back), OWNER_ONLY)
     lines.append(canonical_json(report.to_dict()) + b"\n")
     write_atomic(out.with_name(f"{out.name}.report.jsonl"), b"".join(lines), OWNER_ONLY)
     return report
@@ -172,12 +193,15 @@ def _write(path: Path, content: bytes) -> bool:
     return True
 
 
-def deidentify_file(path: Path, profile: Profile, key: bytes, *, issuer: str = "") -> Deidentified:
+def deidentify_file(
+    path: Path, profile: Profile, key: bytes, *, issuer: str = "", reviewed: bool = False
+) -> Deidentified:
     """One file, de-identified in this process.
 
     Args:
         key: the site's.
         issuer: as for :func:`deidentify_folder`.
+        reviewed: a person has looked at the picture: no text is suspected in it any more.
 
     Raises:
         DataError: it must stay behind; the text is a reason of a few words that holds nothing of the file.
@@ -192,12 +216,12 @@ def deidentify_file(path: Path, profile: Profile, key: bytes, *, issuer: str = "
         ds = dcmread(path)
         sop_class, sop_instance, patient = _checked(ds, key, issuer)
     with _reasons("header cannot be judged"):
-        if why := suspicion(ds):
+        if not reviewed and (why := suspicion(ds)):
             raise DataError(why)
     with _reasons("pixel data cannot be decoded"):
         bare_pixels(ds)
-        if any(has_text(frame) for frame in frames(ds)):
-            raise DataError("text in the pixels is suspected")
+        if not reviewed and any(has_text(frame) for frame in frames(ds)):
+            raise DataError(SEEN)
     with _reasons("header cannot be protected"):
         done = protect(ds, profile, key, patient)
     with _reasons("de-identified file cannot be written"):

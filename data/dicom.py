@@ -1,17 +1,14 @@
-"""One image file to the picture a reader would see, or to whose it is. Every failure is a reason of a few words.
+"""One image file to the picture a reader would see. Every failure is a reason of a few words.
 
 Reasons hold no text of the file, neither does anything logged: the caller names the file by its opaque image id.
 This runs in the process that calls it; files that strangers made go through :mod:`clinifed.data.decoding`.
 """
 
-import re
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pydicom.dataset import Dataset
-from pydicom.multival import MultiValue
 
 from clinifed.data.dicom_file import open_regular, opened, reasons
 from clinifed.data.display import displayed
@@ -20,42 +17,9 @@ from clinifed.data.reasons import Reason
 from clinifed.data.volumes import KEY_FRAME, MAX_FRAME_VALUES, Frames
 from clinifed.errors import DataError
 
-__all__ = ["CODES", "NUMBERS", "UIDS", "header", "identity", "is_dicom", "read_pixels", "read_volume"]
+__all__ = ["is_dicom", "read_pixels", "read_volume"]
 
 Floats = NDArray[np.float32]
-
-_ISSUER, _PATIENT = 0x00100021, 0x00100020
-_MAX_IDENTIFIER = 256  # characters; LO may have 64 (PS3.5 6.2), and some sites exceed that
-
-# What `header` tells: values whose form can be checked, none of which is free text.
-UIDS = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
-CODES = (
-    "Modality",
-    "BodyPartExamined",
-    "ViewPosition",
-    "ImageLaterality",
-    "PhotometricInterpretation",
-    "BurnedInAnnotation",
-    "PatientIdentityRemoved",
-    "LossyImageCompression",
-    "ConversionType",
-    "PresentationIntentType",
-    "ImageType",
-)
-NUMBERS = (
-    "Rows",
-    "Columns",
-    "NumberOfFrames",
-    "SamplesPerPixel",
-    "BitsAllocated",
-    "BitsStored",
-    "SeriesNumber",
-    "InstanceNumber",
-)
-# PS3.5 9.1: components without leading zeros, 64 characters at most. PS3.5 6.2: a code string, 16 at most.
-_UID = re.compile(r"(?=.{1,64}\Z)(0|[1-9][0-9]*)(\.(0|[1-9][0-9]*))*\Z")
-_CODE = re.compile(r"[A-Z0-9_ ]{1,16}\Z")
-_NUMBER = re.compile(r"[+-]?[0-9]{1,12}\Z")
 
 
 def is_dicom(path: Path) -> bool:
@@ -65,63 +29,6 @@ def is_dicom(path: Path) -> bool:
             return file.read(132)[128:] == b"DICM"
     except (OSError, ValueError, DataError):
         return False
-
-
-def identity(path: Path) -> tuple[str, str]:
-    """IssuerOfPatientID (0010,0021) and PatientID (0010,0020) as they stand, either may be empty.
-
-    Raises:
-        DataError: the header cannot be read, something in it is cut off, doubled or out of order, or no pixel data
-            follows it.
-    """
-    with reasons(Reason.DAMAGED_HEADER), opened(path, (_ISSUER, _PATIENT)) as found:
-        if found.pixels is None:
-            raise DataError(Reason.NO_PIXEL_DATA)  # or the rest was cut off, and the issuer with it
-        texts = _text(found.dataset, "IssuerOfPatientID"), _text(found.dataset, "PatientID")
-        if any(len(text) > _MAX_IDENTIFIER for text in texts):
-            raise DataError(Reason.LONG_IDENTIFIER)
-        return texts
-
-
-def _text(dataset: Dataset, keyword: str) -> str:
-    """A header's value as it stands; several values are joined by DICOM's own backslash."""
-    value = dataset.get(keyword)
-    return "\\".join(map(str, value)) if isinstance(value, MultiValue) else str(value or "")
-
-
-def header(path: Path) -> dict[str, str | int | None]:
-    """Values of the header that are safe to use: keyword → value, None where it is absent or not what it must be.
-
-    UIDs are UIDs and nothing else (so that one may be part of a name), codes are code strings, several joined by a
-    backslash, numbers are int. ``TransferSyntaxUID`` is there as well, and ``HasPixelData`` (1 or 0).
-
-    Raises:
-        DataError: the header cannot be read, or something in it is cut off, doubled or out of order.
-    """
-    with reasons(Reason.DAMAGED_HEADER), opened(path) as found:
-        ds = found.dataset
-        values: dict[str, str | int | None] = {"HasPixelData": int(found.pixels is not None)}
-        syntax = str(ds.file_meta.get("TransferSyntaxUID") or "")
-        values["TransferSyntaxUID"] = syntax if _UID.match(syntax) else None
-        for keyword in UIDS:
-            text = _safe_text(ds, keyword)
-            values[keyword] = text if _UID.match(text) else None
-        for keyword in CODES:
-            text = _safe_text(ds, keyword)
-            values[keyword] = text if text and all(_CODE.match(part) for part in text.split("\\")) else None
-        for keyword in NUMBERS:
-            text = _safe_text(ds, keyword)
-            values[keyword] = int(text) if _NUMBER.match(text) else None
-        return values
-
-
-def _safe_text(dataset: Dataset, keyword: str) -> str:
-    """As :func:`_text`; empty where the value cannot be converted, which makes one value unusable, not the file."""
-    try:
-        text = _text(dataset, keyword)
-        return str(dataset.get(keyword)) if text == "" and dataset.get(keyword) == 0 else text
-    except Exception:  # pydicom raises about every kind
-        return ""
 
 
 def read_pixels(path: Path) -> Floats:

@@ -1,6 +1,5 @@
 """What the index must know of one file: what it is, whose, which instance, and hashes of its bytes and its picture."""
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -8,18 +7,20 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from pydicom import dcmread
+from pydicom.dataelem import DataElement
 from pydicom.multival import MultiValue
 
 from clinifed.data.decoding import default_decoder
-from clinifed.data.dicom import identity
+from clinifed.data.dicom_file import opened, reasons
 from clinifed.data.reasons import Reason
+from clinifed.data.series import SLICE_TAGS, slice_of
 from clinifed.errors import DataError
 
 __all__ = ["Fingerprint", "Header", "image_suffix", "picture_hashes", "picture_sha256", "read_header"]
 
 _LEVELS = 65535  # the picture is compared in 16 bits, so that two ways of computing it round to one
-_SOP_INSTANCE_UID = 0x00080018
+_TAGS = (0x00100021, 0x00100020, 0x00080018)  # issuer, patient, SOPInstanceUID
+_MAX_IDENTIFIER = 256  # characters; LO may have 64 (PS3.5 6.2), and some sites exceed that
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Header:
     patient: str = ""  # PatientID (0010,0020)
     sop_instance_uid: str = ""  # (0008,0018)
     label: str = ""  # of the tag that was asked for; several values are joined by DICOM's own backslash
+    series: str = ""  # of a slice: SeriesInstanceUID (0020,000E) and its plane; see clinifed.data.series
+    position: str = ""  # of a slice: where in the series, a number
 
 
 @dataclass(frozen=True)
@@ -59,26 +62,28 @@ def image_suffix(path: Path) -> str:
 
 
 def read_header(path: Path, label_tag: int | None = None) -> Header:
-    """Whose the DICOM file is, which instance, and the text of ``label_tag``: in process, for a reader.
+    """Whose the DICOM file is, which instance, where in which series, and ``label_tag``: in process, for a reader.
 
     Raises:
-        DataError: the header cannot be read, or no image belongs to it; a reason of a few words.
+        DataError: the header cannot be read, something in it is cut off, doubled or out of order, or no image belongs
+            to it; a reason of a few words.
     """
-    issuer, patient = identity(path)  # refuses what would inflate without end, before it is read once more
-    tags = [_SOP_INSTANCE_UID, *([] if label_tag is None else [label_tag])]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pydicom's quote values
-        try:
-            ds = dcmread(path, stop_before_pixels=True, specific_tags=list(tags))
-            texts = {tag: _text(ds[tag].value) for tag in tags if tag in ds}
-        except DataError:
-            raise
-        except (RecursionError, MemoryError):
-            raise DataError(Reason.NESTED) from None
-        except Exception:  # pydicom raises about every kind, and quotes the file
-            raise DataError(Reason.DAMAGED_HEADER) from None
-    uid, label = texts.get(_SOP_INSTANCE_UID, ""), texts.get(label_tag or 0, "")
-    return Header(issuer, patient, uid.strip(), label)
+    wanted = [*_TAGS, *SLICE_TAGS, *([] if label_tag is None else [label_tag])]
+    with reasons(Reason.DAMAGED_HEADER), opened(path, wanted) as found:
+        if found.pixels is None:
+            raise DataError(Reason.NO_PIXEL_DATA)  # or the rest was cut off, and the issuer with it
+        ds = found.dataset
+        issuer, patient, uid = (_joined(ds.get(tag)) for tag in _TAGS)
+        if max(len(issuer), len(patient)) > _MAX_IDENTIFIER:
+            raise DataError(Reason.LONG_IDENTIFIER)
+        label = "" if label_tag is None or label_tag not in ds else _text(ds[label_tag].value)
+        return Header(issuer, patient, uid.strip(), label, *slice_of(ds))
+
+
+def _joined(element: DataElement | None) -> str:
+    """A value as it stands; several are joined by DICOM's own backslash."""
+    value = None if element is None else element.value
+    return "\\".join(map(str, value)) if isinstance(value, MultiValue) else str(value or "")
 
 
 def _text(value: object) -> str:

@@ -168,7 +168,10 @@ class _Reader:
             raise DataError("unknown split")
         digest = file_sha256(path)
         name = f"images/{pseudonym(self.key, 'image', digest)}{suffix}"
-        record = Record(name, patient, specialty, label, values.get("caption", ""), split, digest)
+        caption = values.get("caption", "")
+        series = pseudonym(self.key, "series", header.series) if header and header.series else ""
+        position = header.position if header else ""
+        record = Record(name, patient, specialty, label, caption, split, digest, series, position)
         return Sighting(path, record, person, Fingerprint(digest, "", header.sop_instance_uid if header else ""))
 
     def _label(self, specialty: str, listed: str, header: Header | None) -> str:

@@ -3,11 +3,12 @@
 import hmac
 import io
 import json
+import math
 import os
 import re
 import secrets
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -35,7 +36,8 @@ __all__ = [
 SPLITS = ("train", "holdout")
 DataClass = Literal["hospital", "public", "synthetic"]
 _CLASSES = ("hospital", "public", "synthetic")
-_SCHEMA_VERSION = 2  # of the meta file; 1 had no hashes of images, and is read
+_SCHEMA_VERSION = 3  # of the meta file; 2 knew no series, 1 no hashes of images either, and both are read
+_LATER = ("sha256", "series", "position")  # columns that manifests of earlier schemas lack
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _DIGITS = 20  # hexadecimal, 80 bits: no two of a billion patients meet by chance
 _SHOWN = 5  # examples in one message
@@ -52,6 +54,8 @@ class Record:
     caption: str
     split: str  # one of SPLITS
     sha256: str = ""  # of the image file; empty where nobody hashed it, as in manifests of schema 1
+    series: str = ""  # of a slice: keyed pseudonym of its series and plane; see clinifed.data.series
+    position: str = ""  # of a slice: where in its series, a number
 
 
 COLUMNS = tuple(field.name for field in fields(Record))
@@ -111,11 +115,18 @@ def content_sha256(records: Sequence[Record]) -> str | None:
     return sha256_of(canonical_json(sorted([r.sha256, r.patient, r.specialty, r.label, r.split] for r in records)))
 
 
-def changed_images(manifest: Manifest) -> tuple[Record, ...]:
-    """The images whose file is gone, or is not the one that was indexed; those without a hash only if they are gone."""
+def changed_images(manifest: Manifest, contents: Mapping[str, str | None] | None = None) -> tuple[Record, ...]:
+    """The images whose file is gone, or is not the one that was indexed; those without a hash only if they are gone.
+
+    Args:
+        contents: image → SHA-256 of its file, None where it cannot be read, for a caller who has read them all.
+    """
 
     def holds(record: Record) -> bool:
         path = manifest.folder / record.image
+        if contents is not None:
+            found = contents[record.image]
+            return found is not None and record.sha256 in ("", found)
         try:
             return file_sha256(path) == record.sha256 if record.sha256 else path.is_file()
         except OSError:
@@ -165,7 +176,7 @@ def _meta(path: Path) -> Path:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read and check a manifest, of this schema or of 1, whose images have no hashes.
+    """Read and check a manifest, of this schema or an earlier one.
 
     Raises:
         DataError: with every problem: a missing file or column, an empty table, a bad or repeated image path, a
@@ -177,12 +188,13 @@ def read_manifest(path: Path) -> Manifest:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
     except (ValueError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a CSV table ({type(error).__name__})") from None
-    if missing := [name for name in COLUMNS if name not in table.columns and name != "sha256"]:
+    if missing := [name for name in COLUMNS if name not in table.columns and name not in _LATER]:
         raise DataError(
             f"{path}: missing column{'s' * (len(missing) > 1)} {', '.join(missing)}; it has {', '.join(table.columns)}"
         )
-    present = [name for name in COLUMNS if name in table.columns]  # all, or all but the last
-    records = tuple(Record(*row) for row in table[present].itertuples(index=False, name=None))
+    present = [name for name in COLUMNS if name in table.columns]
+    rows = table[present].itertuples(index=False, name=None)
+    records = tuple(Record(**dict(zip(present, row, strict=True))) for row in rows)
     content = content_sha256(records)
     data_class, problems = _read_meta(path, content)
     problems += _problems(records)
@@ -209,7 +221,7 @@ def _read_meta(path: Path, content: str | None) -> tuple[DataClass, list[str]]:
         problems.append(f"{meta_path.name}: data_class {data_class!r} is not one of {', '.join(_CLASSES)}")
     if digest != file_sha256(path):
         problems.append("changed since it was written; run `clinifed data index` again")
-    elif version == _SCHEMA_VERSION and said != content:
+    elif version != 1 and said != content:
         problems.append(f"{meta_path.name}: content_sha256 is of other records; run `clinifed data index` again")
     return cast(DataClass, data_class), problems
 
@@ -233,6 +245,8 @@ def _problems(records: Sequence[Record]) -> list[str]:
             problems[f"split is not one of {', '.join(SPLITS)}"].append(row)
         if record.sha256 and not _SHA256.fullmatch(record.sha256):
             problems["sha256 is none"].append(row)
+        if bool(record.series) != bool(record.position) or not _finite(record.position or "0"):
+            problems["position in its series is none"].append(row)
         if split.setdefault(record.patient, record.split) != record.split:
             problems["patient is in two splits"].append(row)
         seen.add(record.image)
@@ -241,3 +255,10 @@ def _problems(records: Sequence[Record]) -> list[str]:
         + (f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else "")
         for what, rows in problems.items()
     ]
+
+
+def _finite(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False

@@ -23,6 +23,7 @@ __all__ = ["GoneError", "Reader"]
 Floats = NDArray[np.float32]
 
 _MAX_HEADER_BYTES = 1 << 16
+_MAX_BYTES = 64 << 20  # of an answer that is text: what a directory lists
 _START_S = 60.0  # imports of a reader, on a busy machine
 _STOP_S = 0.5
 
@@ -58,7 +59,7 @@ class Reader:
             self.end()
             raise RuntimeError("the process that reads images does not start") from None
 
-    def ask(self, request: dict[str, Any]) -> tuple[dict[str, Any], Floats | None]:
+    def ask(self, request: dict[str, Any]) -> tuple[dict[str, Any], Floats | bytes | None]:
         """The answer to one request. Raises GoneError, after which the reader is of no use."""
         text = json.dumps(request).encode()
         deadline = time.monotonic() + self._limits.wall_s
@@ -68,7 +69,13 @@ class Reader:
             raise GoneError(Reason.CRASHED) from None
         header = self._header(deadline)
         self.files += 1
-        shape = header.get("shape")
+        size, shape = header.get("bytes"), header.get("shape")
+        if size is not None:
+            if type(size) is not int or not 0 <= size <= _MAX_BYTES:
+                raise GoneError(Reason.CRASHED)
+            content = bytearray(size)
+            self._fill(memoryview(content), deadline)
+            return header, bytes(content)
         if shape is None:
             return header, None
         if (

@@ -28,6 +28,11 @@ class Reason(StrEnum):
     NESTED = "nested too deeply or too large"
     NOT_TEXT = "label tag holds no text"
     LONG_IDENTIFIER = "patient's number is too long"
+    # the directory
+    NO_DIRECTORY = "DICOMDIR is no directory"
+    DAMAGED_DIRECTORY = "DICOMDIR cannot be read"
+    DIRECTORY_SYNTAX = "DICOMDIR has a transfer syntax that none may have"
+    DIRECTORY_TOO_LARGE = "DICOMDIR is larger than 64 MiB"
     # the image
     NO_IMAGE = "no image"
     NO_PIXEL_DATA = "no pixel data"

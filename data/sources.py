@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Protocol
 
 from clinifed.config import FolderIndex
-from clinifed.data.dicomdir import listed_images
+from clinifed.data.decoding import Decoder
+from clinifed.data.dicomdir import DIRECTORY_LIMITS, listed_images
 from clinifed.data.fingerprint import image_suffix
 from clinifed.data.tables import read_table
 from clinifed.errors import ConfigError, DataError
@@ -162,11 +163,13 @@ class DicomdirSource:
     def rows(self, spool: Spool) -> Iterator[Row]:
         """Files that are named but absent, or named outside of the folder, are rows with a problem."""
         found = False
-        for path, readable in _walk(self.folder):
-            if readable and path.name.upper() == "DICOMDIR":
+        with Decoder(limits=DIRECTORY_LIMITS) as decoder:
+            for path, readable in _walk(self.folder):
+                if not readable or path.name.upper() != "DICOMDIR":
+                    continue
                 found = True
                 try:
-                    for image in listed_images(path):
+                    for image in listed_images(path, decoder):
                         yield Row(image or path, problem="" if image else "DICOMDIR names a file outside of its folder")
                 except DataError as reason:
                     yield Row(path, problem=str(reason))

@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, replace
+from dataclasses import astuple, dataclass, replace
 from functools import cache as once
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +17,8 @@ from clinifed import __version__
 from clinifed.config import Specialty
 from clinifed.data.dataset import Batch, iter_pixels, patients
 from clinifed.data.manifest import Manifest, Record
+from clinifed.data.series import frames_of
+from clinifed.data.volumes import KEY_FRAME
 from clinifed.errors import DataError
 from clinifed.files import canonical_json, file_sha256, sha256_of
 from clinifed.models.adapters import FrozenPart, GlobalModel
@@ -26,7 +28,7 @@ from clinifed.models.shards import Shards
 from clinifed.privacy.engine import PatientTensors
 from clinifed.privacy.objectives import OBJECTIVES, Objective, encode_labels
 
-__all__ = ["file_content", "patient_rows", "patient_tensors"]
+__all__ = ["SitePatients", "file_content", "patient_rows", "patient_tensors"]
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +38,18 @@ _READERS = (
     "pyjpegls", "python-gdcm", "torch",
 )  # fmt: skip
 _MODELS = ("open_clip_torch", "timm", "torch")
+
+
+@dataclass(frozen=True)
+class SitePatients(PatientTensors):
+    """Patients whose rows know their image: a volume has a row for each frame that stands for it, with its views."""
+
+    image: Tensor  # (R,) int64, non-decreasing
+
+    @property
+    def first(self) -> Tensor:
+        """(R,) bool: the first row of each image, to count images by. As private as the images."""
+        return torch.diff(self.image, prepend=torch.tensor([-1])) != 0
 
 
 def patient_tensors(
@@ -49,8 +63,8 @@ def patient_tensors(
     cache: Path | None,
     objective: Objective = OBJECTIVES["cross-entropy"],
     views: int = 1,
-) -> PatientTensors:
-    """As :func:`patient_rows`, without saying which image a row is of."""
+) -> SitePatients:
+    """As :func:`patient_rows`, without the records."""
     return patient_rows(
         model,
         backbone,
@@ -75,11 +89,12 @@ def patient_rows(
     cache: Path | None,
     objective: Objective = OBJECTIVES["cross-entropy"],
     views: int = 1,
-) -> tuple[PatientTensors, list[Record]]:
+) -> tuple[SitePatients, list[Record]]:
     """The patients of ``manifest`` as features (R, F) of the frozen part of ``model``, and the image of each row.
 
     Args:
-        specialties: those to keep; ``PatientTensors.specialty`` counts their sorted names.
+        specialties: those to keep; ``PatientTensors.specialty`` counts their sorted names. Their ``frames`` say which
+            slices of a volume stand for it; each is a row of its patient, like any other image.
         split: ``train``, ``holdout``, or None for all.
         batch_size: images per forward pass.
         cache: owner-only folder for the features, or None.
@@ -96,7 +111,8 @@ def patient_rows(
     """
     names = sorted(specialties)
     labels = {name: list(specialties[name].labels) for name in names}
-    units = patients(manifest, split, names)
+    frames = frames_of(specialties)
+    units = patients(manifest, split, names, frames)
     records = [record for unit in units for record in unit.records]
     encoded: list[int] = []
     unknown = Counter[str]()
@@ -120,7 +136,8 @@ def patient_rows(
         from clinifed.data.transforms import augment  # MONAI takes seconds to import: only where images are read
 
         position = {records[i].image: i for i in numbers}
-        batches = iter_pixels(manifest, [records[i] for i in numbers], backbone.preprocess, batch_size)
+        some = [records[i] for i in numbers]
+        batches = iter_pixels(manifest, some, backbone.preprocess, batch_size, frames=frames)
         for batch in _unchanged(manifest, batches, {image: contents[i] for image, i in position.items()}):
             skipped.update(batch.skipped)
             if batch.records:
@@ -128,7 +145,8 @@ def patient_rows(
                     rows = [model.features(augment(batch.pixels, view).to(device)).cpu() for view in seen]
                 yield [position[r.image] for r in batch.records], torch.stack(rows, dim=1).flatten(2)
 
-    embedded = embed_images(contents, views, encode, shards)
+    most = [frames.get(record.specialty, KEY_FRAME).count for record in records]
+    embedded = embed_images(contents, views, encode, shards, most)
     log.info("features: %d rows kept from earlier, %d computed", embedded.found, embedded.computed)
     if skipped:
         log.warning("images left out: %s", dict(skipped))
@@ -140,11 +158,12 @@ def patient_rows(
         raise DataError(f"{manifest.path}: no readable image of {', '.join(sorted(missing))}")
     # Dense numbers: patients all of whose images were unreadable are gone. Rows are already sorted by patient.
     dense: dict[str, int] = {}
-    data = PatientTensors(
+    data = SitePatients(
         features=embedded.features.unflatten(1, shape) if shape else embedded.features,
         patient=torch.tensor([dense.setdefault(r.patient, len(dense)) for r in rows]),
         specialty=torch.tensor([names.index(r.specialty) for r in rows]),
         label=torch.tensor([encoded[i] for i in embedded.images]),
+        image=torch.tensor(embedded.images),
     )
     return data, rows
 

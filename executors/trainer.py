@@ -157,16 +157,16 @@ class SiteTrainer:
     @torch.no_grad()
     def _declared(self) -> dict[str, Any]:
         """What the policy declares of the site's data, as it is, without noise; the model's card lists it."""
-        specialties, data, views = self.contract.specialties, self.data, self.contract.training.views
+        specialties, data = self.contract.specialties, self.data
         names = sorted(self.contract.sites[self.policy.site].specialties)
         figures: dict[str, Any] = {}
         for what in self.policy.declare:
             if what == "patient_count":
                 figures[what] = data.patients
             elif what == "image_count":
-                figures[what] = len(data.patient) // views
+                figures[what] = int(data.first.sum())
             elif what == "label_counts":
-                label, specialty = data.label[::views], data.specialty[::views]  # once for each image
+                label, specialty = data.label[data.first], data.specialty[data.first]  # once for each image
                 figures[what] = {
                     name: label_counts(self.objective, label[specialty == index], len(specialties[name].labels))
                     for index, name in enumerate(names)

@@ -171,6 +171,7 @@ def _head(card: Card, name: str, choice: HeadChoice, zero_shot: bool) -> dict[st
         "output": LOGITS + name,
         "zero_shot_output": ZERO_SHOT + name if zero_shot else None,
         "modality": specialty.modality,
+        "frames": specialty.frames,  # of a volume, whose mean decides; None: each file is an image
         "labels": list(specialty.labels),  # in the order of the logits
         "decision": "softmax" if card.objective.labels == "one" else "sigmoid",
         "prompts": {label: list(prompts) for label, prompts in specialty.labels.items()},

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from clinifed.config import Name, Specialty, Training
 from clinifed.data.dataset import load_pixels
 from clinifed.data.manifest import Manifest, Record, read_manifest
+from clinifed.data.series import chosen_slices, frames_of
 from clinifed.errors import ExportError, PrivacyError
 from clinifed.export.calibration import pixels_sha256, require_public, select_evenly
 from clinifed.models.adapters import GlobalModel, build_trainable
@@ -146,6 +147,9 @@ class PublicImages:
     ) -> Self:
         """At most ``count`` images with labels of the model's own, evenly over specialties and labels.
 
+        Of volumes the slices are taken that the specialty's ``frames`` say, as in training; where these are several,
+        so many fewer files are chosen.
+
         Args:
             manifest: where they are listed.
             backbone: whose preprocessing they get.
@@ -165,9 +169,11 @@ class PublicImages:
             except KeyError:
                 return None
 
-        fitting = [r for r in manifest.records if encoded(r) is not None]
-        chosen = select_evenly(fitting, count)
-        loaded = load_pixels(manifest, chosen, backbone.preprocess) if chosen else None
+        frames = frames_of({name: card.specialties[name] for name in only})
+        fitting = [r for r in chosen_slices(manifest.records, frames) if encoded(r) is not None]
+        most = max((policy.count for policy in frames.values()), default=1)
+        chosen = select_evenly(fitting, max(1, count // most))
+        loaded = load_pixels(manifest, chosen, backbone.preprocess, frames) if chosen else None
         if loaded is None or not loaded.records:
             raise ExportError(
                 f"{manifest.path}: no readable image of {', '.join(order)} with one of their labels; "
@@ -180,5 +186,5 @@ class PublicImages:
             card.objective.labels == "many",
             [record.patient for record in loaded.records],
             manifest,
-            len(chosen) - len(loaded.records),
+            len(chosen) - len({record.image for record in loaded.records}),
         )

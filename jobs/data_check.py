@@ -11,7 +11,7 @@ from typing import Any
 
 from clinifed.contract import Contract
 from clinifed.errors import ClinifedError, ConfigError, PrivacyError
-from clinifed.jobs.data_checks_images import duplicates, files_used, kinds, leakage
+from clinifed.jobs.data_checks_images import duplicates, files_used, kinds, leakage, unchanged
 from clinifed.jobs.data_checks_labels import label_support, patient_bags
 from clinifed.jobs.data_checks_machine import cache_room, gpu, memory, model_files, permissions
 from clinifed.jobs.data_checks_names import names_in_rows
@@ -28,6 +28,7 @@ Check = Callable[[SiteUnderCheck], Finding]
 # What is asked, in the order of the table. A site that fails one is still asked all the others.
 CHECKS: dict[str, Check] = {
     "files": files_used,
+    "changed files": unchanged,
     "kinds of images": kinds,
     "labels": label_support,
     "patients": patient_bags,

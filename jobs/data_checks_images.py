@@ -3,11 +3,12 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 
+from clinifed.data.manifest import changed_images
 from clinifed.jobs.data_checks_header import MODALITIES, PHOTOMETRIC
 from clinifed.jobs.data_checks_share import Counts, Shared, known, known_reason
 from clinifed.jobs.data_checks_site import Finding, Level, Look, SiteUnderCheck, rows_text
 
-__all__ = ["duplicates", "files_used", "kinds", "leakage"]
+__all__ = ["duplicates", "files_used", "kinds", "leakage", "unchanged"]
 
 _PICTURE, _UNREAD = "PNG or JPEG", "not read"
 _MANY = 0.05  # share of images left out above which something is wrong with more than single files
@@ -21,16 +22,13 @@ def files_used(site: SiteUnderCheck) -> Finding:
         f"{count} × {reason}: {rows_text(sorted(pictures.rows[reason]))}"
         for reason, count in pictures.skipped.most_common()
     ]
-    changed = [look.row for look in site.looks if _listed(look) not in ("", look.content) and look.content]
-    if changed:
-        says.append(f"{len(changed)} × changed since the manifest was written: {rows_text(changed)}")
     bare = [name for name in site.wanted if not pictures.by_specialty[name]]
     says += [f"no usable image of {name}" for name in bare]
     lost = looked - pictures.used
     level: Level = "PASS"
-    if lost or changed:
+    if lost:
         level = "WARN"
-    if not pictures.used or changed or (bare and looked == listed) or lost > _MANY * looked:
+    if not pictures.used or (bare and looked == listed) or lost > _MANY * looked:
         level = "FAIL"
     reasons = Counter[str]()
     for reason, count in pictures.skipped.items():
@@ -47,9 +45,33 @@ def files_used(site: SiteUnderCheck) -> Finding:
     return Finding(level, tuple(says), remedy, Shared(counts=(tree,)))
 
 
-def _listed(look: Look) -> str:
-    """The content that the manifest names, where it names one."""
-    return str(getattr(look.record, "sha256", ""))
+def unchanged(site: SiteUnderCheck) -> Finding:
+    """Every file is the one that was indexed, byte for byte; training leaves all others out."""
+    contents = {look.record.image: look.content for look in site.looks}
+    differing = changed_images(site.manifest, contents)
+    gone = sorted(site.row_of[record.image] for record in differing if contents[record.image] is None)
+    changed = sorted(site.row_of[record.image] for record in differing if contents[record.image] is not None)
+    unknown = sum(not record.sha256 for record in site.records)
+    says = [f"{len(site.records) - len(differing)} of {len(site.records)} files are as they were listed"]
+    says += [f"{len(changed)} × changed since they were listed: {rows_text(changed)}"] if changed else []
+    says += [f"{len(gone)} × gone, or not to be read: {rows_text(gone)}"] if gone else []
+    says += [f"{unknown} were listed without a hash, so that a change would not be seen"] if unknown else []
+    level: Level = "FAIL" if differing else "WARN" if unknown else "PASS"
+    remedy = "" if level == "PASS" else "put the files back as they were, or `clinifed data index` again"
+    share = Shared(
+        counts=(
+            Counts(
+                "files listed",
+                len(site.records),
+                (
+                    Counts("as listed", len(site.records) - len(differing)),
+                    Counts("changed since", len(changed)),
+                    Counts("gone", len(gone)),
+                ),
+            ),
+        )
+    )
+    return Finding(level, tuple(says), remedy, share)
 
 
 def kinds(site: SiteUnderCheck) -> Finding:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import psutil
 
+from clinifed.data.series import chosen_slices, frames_of
+from clinifed.data.volumes import KEY_FRAME
 from clinifed.errors import ClinifedError
 from clinifed.jobs.data_checks_share import Shared
 from clinifed.jobs.data_checks_site import Finding, Level, SiteUnderCheck
@@ -58,7 +60,11 @@ def _features(site: SiteUnderCheck) -> int:
 
 
 def _rows(site: SiteUnderCheck) -> int:
-    return len(site.records) * (site.training.views if site.training else 1)
+    """At most: of a file of fewer frames than are wanted all are taken."""
+    frames = frames_of(site.vocabulary)
+    records = chosen_slices(site.records, frames)
+    rows = sum(1 if r.series else frames.get(r.specialty, KEY_FRAME).count for r in records)
+    return rows * (site.training.views if site.training else 1)
 
 
 def cache_room(site: SiteUnderCheck) -> Finding:

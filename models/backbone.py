@@ -169,7 +169,8 @@ def load_backbone(ref: str, cache: Path | None = None) -> Backbone:
         - What is kept of a model is trusted for exactly the same bytes of every file.
 
     Raises:
-        ModelError: the reference is unknown, incomplete or cannot be fetched.
+        ModelError: the reference is unknown, incomplete or cannot be fetched, or the model wants its images
+            otherwise than we make them.
         DataError: others than the owner may enter the cache.
     """
     files = _located(ref)

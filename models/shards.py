@@ -2,7 +2,8 @@
 
 A shard's name is a keyed hash (HMAC-SHA256) of its bytes, so that a damaged or truncated one is known before anything
 of it is parsed, and two processes that write the same rows write the same file. Rows are found by keyed hashes of what
-they depend on. The key is a random one of the folder's own; without it neither says which images were seen.
+they depend on, the first half of each of the image alone, so that its rows are found whatever else they depend on. The
+key is a random one of the folder's own; without it neither says which images were seen.
 """
 
 import hmac
@@ -10,7 +11,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -24,11 +25,13 @@ from torch import Tensor
 from clinifed.errors import DataError
 from clinifed.files import OWNER_ONLY, canonical_json, write_atomic
 
-__all__ = ["LIMIT_BYTES", "Shard", "Shards", "Wiped", "folder_key", "row_bytes", "wipe"]
+__all__ = ["LIMIT_BYTES", "Dropped", "Shard", "Shards", "Wiped", "folder_key", "keep_only", "row_bytes", "wipe"]
 
 LIMIT_BYTES = 8 << 30  # of all shards of a folder; the least recently used go first
 _KEY = "cache.key"
-_KEY_BYTES = _ROW_BYTES = 32  # SHA-256
+_KEY_BYTES = 32
+_HALF_BYTES = 16  # of the name of a row: 128 bits of its image, and 128 of all that it depends on
+_ROW_BYTES = 2 * _HALF_BYTES
 _SHARD = re.compile(r"^([0-9a-f]{16})-[0-9a-f]{32}\.safetensors$")
 _EARLIER = re.compile(r"^[0-9a-f]{32}\.safetensors$")  # one file per manifest, before there were shards
 _IDENTITY = re.compile(r"^base-[0-9a-f]{32}\.json$")  # of `KeptIdentity`
@@ -64,18 +67,16 @@ class Shards:
         self.damaged = 0  # shards that were dropped
         self._key = folder_key(folder)
         self._space = canonical_json(space)
-        self._tag = self._hmac(b"space", self._space)[:8].hex()
+        self._tag = _hmac(self._key, b"space", self._space)[:8].hex()
         self._used: set[str] = set()
         for entry in _entries(folder):
             if entry.kind == "temporary" and entry.modified < time.time() - _ABANDONED_S:
                 entry.path.unlink(missing_ok=True)
 
-    def _hmac(self, *parts: bytes) -> bytes:
-        return hmac.new(self._key, b"".join(len(p).to_bytes(8, "big") + p for p in parts), sha256).digest()
-
-    def row_key(self, *what: object) -> bytes:
-        """The name, 32 bytes, of rows that are a function of ``what`` and of the space."""
-        return self._hmac(b"row", self._space, *(str(part).encode() for part in what))
+    def row_key(self, image: str, *what: object) -> bytes:
+        """The name, 32 bytes, of rows that are a function of ``image``, the rest of ``what``, and the space."""
+        parts = (str(part).encode() for part in (image, *what))
+        return _half_of(self._key, image) + _hmac(self._key, b"row", self._space, *parts)[:_HALF_BYTES]
 
     def read(self) -> Iterator["Shard"]:
         """Every sound shard, one in memory at a time; what is taken of one is told to :meth:`use`."""
@@ -99,15 +100,11 @@ class Shards:
             return None
         except OSError:
             content = b""
-        if path.name != self._name(content):
+        found = _parsed(self._key, path, content)
+        if found is None:
             self.damaged += 1
             path.unlink(missing_ok=True)
-            return None
-        tensors = load(content)
-        return Shard(path, [row.tobytes() for row in tensors["rows"].numpy()], tensors["features"])
-
-    def _name(self, content: bytes) -> str:
-        return f"{self._tag}-{self._hmac(b'shard', content)[:16].hex()}.safetensors"
+        return found
 
     def write(self, rows: Sequence[bytes], features: Tensor) -> bool:
         """Keep rows (N, F) under their N names, which may repeat; returns whether there was room.
@@ -115,9 +112,8 @@ class Shards:
         Raises:
             OSError: the disk does not take it; nothing is half-written.
         """
-        names = torch.from_numpy(np.frombuffer(b"".join(rows), np.uint8).reshape(-1, _ROW_BYTES).copy())
-        content = save({"rows": names, "features": features.to(torch.float32).contiguous()})
-        path = self.folder / self._name(content)
+        content = _encoded(rows, features)
+        path = self.folder / _shard_name(self._key, self._tag, content)
         if not self._make_room(len(content)):
             return False
         write_atomic(path, content, OWNER_ONLY)
@@ -144,6 +140,37 @@ class Shard:
     path: Path
     names: list[bytes]  # N
     features: Tensor  # (N, F) float32
+
+
+def _hmac(key: bytes, *parts: bytes) -> bytes:
+    return hmac.new(key, b"".join(len(p).to_bytes(8, "big") + p for p in parts), sha256).digest()
+
+
+def _half_of(key: bytes, image: str) -> bytes:
+    """The first half of the names of an image's rows."""
+    return _hmac(key, b"image", image.encode())[:_HALF_BYTES]
+
+
+def _shard_name(key: bytes, tag: str, content: bytes) -> str:
+    return f"{tag}-{_hmac(key, b'shard', content)[:16].hex()}.safetensors"
+
+
+def _encoded(rows: Sequence[bytes], features: Tensor) -> bytes:
+    names = torch.from_numpy(np.frombuffer(b"".join(rows), np.uint8).reshape(-1, _ROW_BYTES).copy())
+    halves = {"images": names[:, :_HALF_BYTES].contiguous(), "rows": names[:, _HALF_BYTES:].contiguous()}
+    content: bytes = save({**halves, "features": features.to(torch.float32).contiguous()})
+    return content
+
+
+def _parsed(key: bytes, path: Path, content: bytes) -> "Shard | None":
+    """The shard in ``content``; None where it is damaged, or of an earlier form, which does not tell its images."""
+    if path.name != _shard_name(key, path.name[:16], content):
+        return None
+    tensors = load(content)
+    if "images" not in tensors:
+        return None
+    names = torch.cat([tensors["images"], tensors["rows"]], dim=1).numpy()
+    return Shard(path, [row.tobytes() for row in names], tensors["features"])
 
 
 @dataclass(frozen=True)
@@ -220,6 +247,62 @@ def _secret(folder: Path) -> bytes:
             continue
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What :func:`keep_only` removed."""
+
+    rows: int  # in shards that could be read
+    shards: int  # dropped whole, since nobody can say whose rows they hold
+
+
+def keep_only(folder: Path, images: Collection[str]) -> Dropped:
+    """Remove all rows in ``folder`` but those of ``images``, whatever model, view and frames they are of.
+
+    What may stay is named, not what must go: whoever left the manifest earlier is forgotten as well. Files are
+    unlinked, as by :func:`wipe`. A process that trains meanwhile may keep rows again; end it first.
+
+    Args:
+        images: SHA-256 of each image's bytes, hexadecimal.
+
+    Guarantees:
+        - No row of another image remains, nor a shard or temporary file in which one could be.
+
+    Raises:
+        DataError: something could not be removed.
+    """
+    if not folder.is_dir():
+        return Dropped(0, 0)
+    rows = shards = 0
+    try:
+        key_file = folder / _KEY
+        key = key_file.read_bytes() if key_file.is_file() else b""
+        kept = {_half_of(key, image) for image in images} if key else set()
+        for entry in _entries(folder):
+            if entry.kind == "temporary":
+                entry.path.unlink(missing_ok=True)
+            if entry.kind != "shard":
+                continue
+            found = _parsed(key, entry.path, entry.path.read_bytes()) if key else None
+            staying = [] if found is None else [i for i, name in enumerate(found.names) if name[:_HALF_BYTES] in kept]
+            if found is not None and len(staying) == len(found.names):
+                continue
+            entry.path.unlink(missing_ok=True)
+            if found is None:
+                shards += 1
+                continue
+            rows += len(found.names) - len(staying)
+            if staying:
+                content = _encoded([found.names[i] for i in staying], found.features[staying])
+                path = folder / _shard_name(key, entry.path.name[:16], content)
+                write_atomic(path, content, OWNER_ONLY)
+                os.utime(path, (entry.modified, entry.modified))
+    except OSError as error:
+        raise DataError(
+            f"{folder}: not all of it could be removed ({error.strerror}); say it again, or `clinifed data wipe`"
+        ) from error
+    return Dropped(rows, shards)
 
 
 @dataclass(frozen=True)

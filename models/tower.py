@@ -72,7 +72,7 @@ def load_tower(files: ModelFiles, *, text: bool = True) -> Tower:
         - Memory is that of the tensors kept, and of the largest one.
 
     Raises:
-        ModelError: the files are no such model.
+        ModelError: the files are no such model, or it wants its images otherwise than we make them.
     """
     weights = files.weights
     try:
@@ -89,11 +89,14 @@ def load_tower(files: ModelFiles, *, text: bool = True) -> Tower:
         raise
     except Exception as error:  # open_clip, timm, transformers and safetensors each raise their own kinds
         raise ModelError(f"{files.ref} could not be loaded ({type(error).__name__}: {error})") from error
+    import open_clip
+
+    preprocess = _preprocess(files.ref, open_clip.get_model_preprocess_cfg(model))
     model.eval().requires_grad_(False)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     if not text:
         model.text = None
-    return Tower(model, _preprocess(model), digest, size)
+    return Tower(model, preprocess, digest, size)
 
 
 def _architecture(files: ModelFiles) -> Any:
@@ -160,14 +163,25 @@ def _quiet() -> Iterator[None]:
         root.removeFilter(wanted)
 
 
-def _preprocess(model: Any) -> Preprocess:
-    import open_clip
+def _preprocess(ref: str, config: Mapping[str, Any]) -> Preprocess:
+    """What is implemented of open_clip's ``preprocess_cfg``; its ``fill_color`` pads with ``longest`` alone.
 
-    config = open_clip.get_model_preprocess_cfg(model)
-    size = config["size"]
-    return Preprocess(
-        size_px=int(size if isinstance(size, int) else size[0]),
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-        interpolation=str(config["interpolation"]),
-    )
+    Raises:
+        ModelError: the model was trained on images that were prepared otherwise: its features of ours would be others.
+    """
+    size, mode, resize = config["size"], config.get("mode", "RGB"), config.get("resize_mode") or "shortest"
+    sides = {size} if isinstance(size, int) else set(size)
+    problems = []
+    if resize != "shortest":
+        problems.append(f"resize_mode {resize!r}: only 'shortest', and the middle of it, is implemented")
+    if config["interpolation"] not in ("bicubic", "bilinear"):
+        problems.append(f"interpolation {config['interpolation']!r}: only 'bicubic' and 'bilinear' are implemented")
+    if mode != "RGB":
+        problems.append(f"mode {mode!r}: only 'RGB' is implemented")
+    if len(sides) != 1:
+        problems.append(f"size {size!r}: only squares are implemented")
+    if problems:
+        raise ModelError(
+            *(f"{ref}: preprocess_cfg.{problem}; use another base model, or train one so" for problem in problems)
+        )
+    return Preprocess(int(sides.pop()), tuple(config["mean"]), tuple(config["std"]), str(config["interpolation"]))

@@ -51,6 +51,19 @@ def test_another_order_of_the_labels_is_another_contract(contract):
     assert turned(contract).sha256() != contract.sha256()
 
 
+def test_how_many_slices_stand_for_a_volume_is_agreed_and_a_contract_from_before_takes_what_it_took(contract):
+    content = json.loads(contract.text())
+    name = next(iter(content["specialties"]))
+    assert content["specialties"][name].pop("frames") is None
+    assert Contract.read(json.dumps(content)) == contract
+    content["specialties"][name]["frames"] = 5
+    assert Contract.read(json.dumps(content)).sha256() != contract.sha256()
+    for senseless in (0, 65, "five", 2.5):
+        content["specialties"][name]["frames"] = senseless
+        with pytest.raises(ConfigError, match="frames"):
+            Contract.read(json.dumps(content))
+
+
 def test_a_label_twice_is_refused():
     with pytest.raises(ValueError, match="twice"):
         Specialty.model_validate({"labels": [["a", ["x"]], ["b", ["y"]], ["a", ["z"]]]})

@@ -123,11 +123,29 @@ def test_a_volume_adds_a_row_for_each_of_its_frames(tmp_path, dicom):
     dicom(tmp_path / "a.dcm", frames)
     dicom(tmp_path / "b.dcm", frames[3])
     these = manifest(tmp_path, "a.dcm", "b.dcm")
-    (batch,) = iter_pixels(these, these.records, Want(), 8, frames={"radiology": Frames(5)})
+    (batch,) = iter_pixels(these, these.records, Want(), 10, frames={"radiology": Frames(5)})
     assert [r.image for r in batch.records] == ["a.dcm"] * 5 + ["b.dcm"]
     shown = batch.pixels[:, 0].mean((1, 2)) * Want().std[0] + Want().mean[0]
     expected = [frames[index].mean() / 255 for index in Frames(5).of(25)] + [30 / 255]
     np.testing.assert_allclose(shown, expected, atol=1e-4)
+
+
+def test_a_batch_holds_no_more_rows_than_it_may_but_for_a_file_that_has_more_alone(tmp_path, dicom):
+    volume = np.arange(9, dtype=np.uint8)[:, None, None] * np.ones((1, 70, 70), np.uint8)
+    names = [f"{number}.dcm" for number in range(5)]
+    for name in names:
+        dicom(tmp_path / name, volume)
+    these = manifest(tmp_path, *names)
+
+    def sizes(batch_size, frames):
+        batches = list(iter_pixels(these, these.records, Want(), batch_size, frames={"radiology": Frames(frames)}))
+        assert [r.image for batch in batches for r in batch.records] == [name for name in names for _ in range(frames)]
+        return [len(batch.pixels) for batch in batches]
+
+    assert sizes(8, 4) == [8, 8, 4]
+    assert sizes(2, 4) == [4] * 5
+    assert sizes(3, 1) == [3, 2]
+    assert len(load_pixels(these, these.records, Want(), {"radiology": Frames(4)}).pixels) == 20
 
 
 def test_a_reader_that_dies_costs_its_image_and_the_batch_goes_on(tmp_path, dicom):

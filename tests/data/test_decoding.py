@@ -15,7 +15,8 @@ from PIL import Image
 from clinifed.data import decoding, reader
 from clinifed.data.decoding import Decoder, default_decoder
 from clinifed.data.decoding_worker import Limits
-from clinifed.data.dicom import header, identity, read_pixels, read_volume
+from clinifed.data.dicom import read_pixels, read_volume
+from clinifed.data.fingerprint import Header, read_header
 from clinifed.data.reasons import REASONS
 from clinifed.data.volumes import Frames
 from clinifed.errors import DataError
@@ -60,8 +61,8 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: str) -> None:
 def test_readers_answer_as_the_functions_do(decoder, tmp_path, dicom):
     frames = np.arange(5 * 64, dtype=np.uint16).reshape(5, 8, 8)
     path = dicom(tmp_path / "a.dcm", frames, bits=12)
-    assert decoder.identity(path) == identity(path) == ("HOSPITAL", "P1")
-    assert decoder.header(path) == header(path)
+    assert Header(*decoder.origin(path)) == read_header(path)
+    assert decoder.origin(path)[:2] == ("HOSPITAL", "P1")
     np.testing.assert_array_equal(decoder.pixels(path), read_pixels(path))
     np.testing.assert_array_equal(decoder.volume(path, Frames(3)), read_volume(path, Frames(3)))
     assert decoder.volume(path, Frames(3)).shape == (3, 8, 8)
@@ -178,11 +179,27 @@ def test_an_answer_that_is_none_is_a_crash(decoder, tmp_path, monkeypatch, body)
         decoder.pixels(tmp_path / "a.dcm")
 
 
-@pytest.mark.parametrize("body", ["answer({'value': [1, 2]})", "answer({'value': ['a']})", "answer({})"])
-def test_an_identity_that_is_none_is_a_crash(decoder, tmp_path, monkeypatch, body):
+@pytest.mark.parametrize("body", ["answer({'value': [1] * 6})", "answer({'value': ['a']})", "answer({})"])
+def test_an_origin_that_is_none_is_a_crash(decoder, tmp_path, monkeypatch, body):
     fake(monkeypatch, tmp_path, body)
     with pytest.raises(DataError, match=r"^reader crashed$"):
-        decoder.identity(tmp_path / "a.dcm")
+        decoder.origin(tmp_path / "a.dcm")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "answer({'bytes': 3}, b'[1]')",
+        "answer({'bytes': 7}, b'[[\"a\"], ')",
+        "answer({'bytes': -1})",
+        "answer({'bytes': 1 << 40})",
+        "answer({'value': [['a']]})",
+    ],
+)
+def test_a_directory_that_is_none_is_a_crash(decoder, tmp_path, monkeypatch, body):
+    fake(monkeypatch, tmp_path, body)
+    with pytest.raises(DataError, match=r"^reader crashed$"):
+        decoder.directory(tmp_path / "DICOMDIR")
 
 
 def test_results_come_in_order_and_few_are_read_ahead(tmp_path, dicom):

@@ -370,6 +370,7 @@ def test_lists_lie_beside_the_folder_owner_only_and_the_report_names_nobody(tmp_
         "written": 1,
         "unchanged": 0,
         "left_out": {"patient is blank": 1},
+        "reviewed": {},
     }
     assert "PLANTED" not in (tmp_path / "out.report.jsonl").read_text()
     for path in (quarantine, tmp_path / "out.report.jsonl", tmp_path / "site.key"):

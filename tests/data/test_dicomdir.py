@@ -11,6 +11,9 @@ from pydicom.uid import (
     generate_uid,
 )
 
+from clinifed.data import dicomdir
+from clinifed.data.decoding import Decoder
+from clinifed.data.decoding_worker import Limits
 from clinifed.data.dicomdir import listed_images
 from clinifed.errors import DataError
 
@@ -114,6 +117,22 @@ def test_a_damaged_directory_is_a_reason(tmp_path, content):
         list(listed_images(tmp_path / "DICOMDIR"))
     assert "DICOMDIR" in str(caught.value)
     assert "PLANTED" not in str(caught.value)
+
+
+def test_the_directory_is_parsed_in_a_reader_and_nowhere_else(tmp_path, monkeypatch):
+    for name in ("dcmread", "read_file_meta_info"):
+        monkeypatch.setattr(dicomdir, name, None)
+    path = directory(tmp_path / "DICOMDIR", [record(["A", "ONE"])])
+    assert list(listed_images(path)) == [tmp_path / "A/ONE"]
+
+
+def test_a_directory_that_takes_too_much_memory_costs_itself_only(tmp_path):
+    large = directory(tmp_path / "large/DICOMDIR", [record(["A", f"I{number}"]) for number in range(3000)])
+    small = directory(tmp_path / "small/DICOMDIR", [record("ONE")])
+    with Decoder(limits=Limits(memory_mib=2)) as decoder:
+        with pytest.raises(DataError, match=r"too much memory|crashed"):
+            list(listed_images(large, decoder))
+        assert list(listed_images(small, decoder)) == [tmp_path / "small/ONE"]
 
 
 @pytest.mark.realdata

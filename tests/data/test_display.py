@@ -4,7 +4,7 @@ import pytest
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
-from clinifed.data.dicom import header, read_pixels, read_volume
+from clinifed.data.dicom import read_pixels, read_volume
 from clinifed.data.display import square
 from clinifed.data.volumes import Frames
 from clinifed.data.windows import CT_WINDOWS, SOFT_TISSUE
@@ -217,12 +217,3 @@ def test_one_frame_of_a_large_file_takes_the_memory_of_one_frame(tmp_path, dicom
         file.truncate(at + 12 + size)  # sparse
     picture = read_pixels(path)
     assert picture.shape == (512, 512)
-
-
-def test_a_header_tells_what_is_safe_to_use(tmp_path, dicom):
-    path = dicom(tmp_path / "a.dcm", Modality="CT", BodyPartExamined="CHEST", ImageType=["ORIGINAL", "PRIMARY"])
-    told = header(path)
-    assert (told["Modality"], told["BodyPartExamined"], told["ImageType"]) == ("CT", "CHEST", "ORIGINAL\\PRIMARY")
-    assert (told["Rows"], told["BitsStored"], told["HasPixelData"]) == (8, 8, 1)
-    assert told["TransferSyntaxUID"] == "1.2.840.10008.1.2.1"
-    assert not {"PatientID", "PatientName", "InstitutionName"} & set(told)

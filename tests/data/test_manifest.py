@@ -2,6 +2,7 @@ import json
 import stat
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -103,7 +104,7 @@ def test_the_content_hash_stands_beside_the_manifest_and_is_checked(tmp_path):
     path = tmp_path / "manifest.csv"
     written = write_manifest(path, HASHED, "public")
     meta = json.loads(path.with_suffix(".meta.json").read_text())
-    assert meta["schema_version"] == 2
+    assert meta["schema_version"] == 3
     assert meta["content_sha256"] == written.content_sha256 == content_sha256(HASHED)
     edit(path, content_sha256="0" * 64)
     with pytest.raises(DataError, match="content_sha256 is of other records"):
@@ -121,7 +122,23 @@ def test_a_manifest_of_the_first_schema_is_read_without_hashes(tmp_path):
     assert manifest.content_sha256 is None
 
 
-@pytest.mark.parametrize("version", [0, 3, "2", True, 2.0])
+def test_a_manifest_of_the_second_schema_is_read_without_series(tmp_path):
+    path = tmp_path / "manifest.csv"
+    written = write_manifest(path, HASHED, "public")
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    table.drop(columns=["series", "position"]).to_csv(path, index=False)
+    edit(path, schema_version=2, sha256=file_sha256(path))
+    assert read_manifest(path).records == written.records
+    assert read_manifest(path).content_sha256 == written.content_sha256
+
+
+@pytest.mark.parametrize(("series", "position"), [("s", ""), ("", "1.0"), ("s", "nan"), ("s", "inf"), ("s", "front")])
+def test_a_place_in_a_series_that_is_none_is_refused(tmp_path, series, position):
+    with pytest.raises(DataError, match="position in its series is none: row 2"):
+        write_manifest(tmp_path / "m.csv", [replace(RECORD, series=series, position=position)], "public")
+
+
+@pytest.mark.parametrize("version", [0, 4, "2", True, 2.0])
 def test_another_schema_is_refused(tmp_path, version):
     path = tmp_path / "manifest.csv"
     write_manifest(path, HASHED, "public")

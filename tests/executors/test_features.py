@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
 from clinifed.config import Specialty, Training
 from clinifed.data.manifest import Manifest, Record, write_manifest
@@ -108,8 +110,8 @@ def test_an_image_that_changes_while_it_is_read_is_left_out(tmp_path: Path, embe
     manifest = manifest_of(tmp_path, list(range(4)))
     read = features.iter_pixels
 
-    def replaced_meanwhile(*arguments):
-        for batch in read(*arguments):
+    def replaced_meanwhile(*arguments, **more):
+        for batch in read(*arguments, **more):
             picture(tmp_path / "images" / "2.png", 99)
             yield batch
 
@@ -182,3 +184,77 @@ def test_other_code_or_libraries_for_reading_make_other_features(tmp_path: Path,
     embed(manifest, tmp_path / "c")
     monkeypatch.setattr(features, "_reading", lambda: ["other"])
     assert embed(manifest, tmp_path / "c")[1] == 2
+
+
+def volume(path: Path, number: int, frames: int = 9, **more: object) -> str:
+    """A CT file of so many frames; returns its name in a manifest."""
+    path.parent.mkdir(exist_ok=True)
+    pixels = np.random.default_rng(number).integers(0, 256, (frames, 40, 40), dtype=np.uint8)
+    ds = Dataset()
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    ds.SOPClassUID, ds.SOPInstanceUID, ds.Modality = CTImageStorage, f"1.2.{number}", "CT"
+    ds.PatientID = "P1"
+    ds.set_pixel_data(pixels if frames > 1 else pixels[0], "MONOCHROME2", 8)
+    for keyword, value in more.items():
+        setattr(ds, keyword, value)
+    ds.save_as(path, enforce_file_format=True)
+    return f"images/{path.name}"
+
+
+@pytest.fixture
+def sliced(backbone, counted):
+    """As ``embed``, by a policy of so many slices."""
+
+    def run(manifest: Manifest, frames: int | None, cache: Path | None = None, views: int = 1):
+        model, counter = counted
+        counter.clear()
+        agreed = {"radiology": LABELS["radiology"].model_copy(update={"frames": frames})}
+        data = patient_tensors(model, backbone, manifest, agreed, split="train", batch_size=4, cache=cache, views=views)
+        return data, counter["images"]
+
+    return run
+
+
+def test_each_slice_that_a_policy_takes_is_a_row_of_its_patient(tmp_path: Path, sliced) -> None:
+    names = [volume(tmp_path / f"images/{n}.dcm", n, frames) for n, frames in enumerate((9, 2, 1))]
+    records = [Record(name, f"p{i // 2}", "radiology", "normal", "", "train") for i, name in enumerate(names)]
+    manifest = write_manifest(tmp_path / "manifest.csv", records, "synthetic")
+    key, _ = sliced(manifest, None)
+    assert key.image.tolist() == [0, 1, 2]
+    assert torch.equal(sliced(manifest, 1)[0].features, key.features)
+    several, made = sliced(manifest, 3, views=2)
+    assert made == 12
+    assert several.image.tolist() == [0] * 6 + [1] * 4 + [2] * 2
+    assert several.patient.tolist() == [0] * 10 + [1] * 2
+    assert several.first.nonzero().flatten().tolist() == [0, 6, 10]
+    torch.testing.assert_close(several.features[2], key.features[0])  # the middle one of three
+
+
+def test_another_policy_is_kept_apart_and_the_same_is_found_again(tmp_path: Path, sliced) -> None:
+    name = volume(tmp_path / "images/0.dcm", 0)
+    manifest = write_manifest(tmp_path / "m.csv", [Record(name, "p", "radiology", "normal", "", "train")], "synthetic")
+    made = {frames: sliced(manifest, frames, tmp_path / "c")[1] for frames in (1, 3, 5)}
+    assert made == {1: 1, 3: 3, 5: 5}
+    for frames in (5, 1, 3):
+        kept, none = sliced(manifest, frames, tmp_path / "c")
+        assert none == 0
+        assert torch.equal(kept.features, sliced(manifest, frames)[0].features)
+
+
+def test_of_a_series_of_files_the_slices_are_taken_by_their_position(tmp_path: Path, sliced) -> None:
+    order = [3, 0, 4, 1, 2]  # file → place in the stack
+    records = [
+        Record(
+            volume(tmp_path / f"images/{n}.dcm", n, 1), "p", "radiology", "normal", "", "train", "", "stack", str(place)
+        )
+        for n, place in enumerate(order)
+    ]
+    manifest = write_manifest(tmp_path / "m.csv", records, "synthetic")
+    every, _ = sliced(manifest, None)
+    assert len(every.features) == 5
+    key, made = sliced(manifest, 1)
+    assert made == 1
+    torch.testing.assert_close(key.features[0], every.features[order.index(2)])
+    assert sliced(manifest, 3)[1] == 3
+    assert sliced(manifest, 64)[1] == 5

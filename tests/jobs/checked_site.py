@@ -1,6 +1,7 @@
 """A site on disk that passes every check; tests spoil it."""
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from pydicom.uid import generate_uid
 
 from clinifed.data.manifest import Record, site_key, write_manifest
 from clinifed.data.modalities import MODALITIES, Identity, dicom_object
+from clinifed.files import file_sha256
 from clinifed.jobs.data_check import DataCheck, data_check, site_under_check
 from clinifed.jobs.data_check_report import write_shareable
 from clinifed.models.backbone import load_backbone
@@ -80,11 +82,16 @@ class Site:
         site_key(home)
 
     def write(self) -> tuple[Path, Path]:
-        write_manifest(self.home / "manifest.csv", self.records, "synthetic")
+        write_manifest(self.home / "manifest.csv", [self._hashed(row) for row in self.records], "synthetic")
         policy, federation = self.home / "site.yaml", self.home / "federation.yaml"
         policy.write_text(yaml.safe_dump(self.settings))
         federation.write_text(yaml.safe_dump(self.federation))
         return policy, federation
+
+    def _hashed(self, row: Record) -> Record:
+        """As the index would list the file, if there is one and nothing else was said of it."""
+        path = self.home / row.image
+        return row if row.sha256 or not path.is_file() else replace(row, sha256=file_sha256(path))
 
     def check(self, **options: object) -> DataCheck:
         policy, federation = self.write()

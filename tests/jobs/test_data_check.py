@@ -45,6 +45,29 @@ def test_unreadable_images_are_listed_with_reason_and_row(site: Site) -> None:
     assert re.search(r"1 × no such file: row 9$", says(found, "files"), re.M)
 
 
+def test_files_that_changed_or_went_since_they_were_listed_fail_with_their_counts(site: Site) -> None:
+    policy, _ = site.write()
+    dicom(site.home / site.records[3].image, 99)
+    dicom(site.home / site.records[5].image, 98)
+    (site.home / site.records[7].image).unlink()
+    found = data_check(site_under_check(policy))
+    assert level(found, "changed files") == "FAIL"
+    assert "21 of 24 files are as they were listed" in says(found, "changed files")
+    assert "2 × changed since they were listed: rows 5, 7" in says(found, "changed files")
+    assert "1 × gone, or not to be read: row 9" in says(found, "changed files")
+    assert level(found, "files") == "WARN"  # the two can be read: what they show is another question
+    (row,) = [row for row in found.shared() if row.name == "changed files"]
+    assert row.level == "FAIL"
+    assert not any(re.search(r"\b[123]\b", line) for line in row.lines)
+
+
+def test_files_listed_without_a_hash_are_a_warning(site: Site, monkeypatch) -> None:
+    monkeypatch.setattr(Site, "_hashed", lambda _, row: row)
+    found = site.check()
+    assert level(found, "changed files") == "WARN"
+    assert "24 were listed without a hash" in says(found, "changed files")
+
+
 def test_a_sample_opens_so_many_images_and_no_more(site: Site) -> None:
     for row in site.records[1::2]:
         (site.home / row.image).write_bytes(b"not an image")

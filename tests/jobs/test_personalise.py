@@ -194,7 +194,8 @@ def test_touched_finds_the_in_house_heads_of_a_patient(made, tmp_path, monkeypat
     for split, count in (("train", 1), ("holdout", 0)):
         patient = next(r.patient for r in manifest.records if r.split == split)
         monkeypatch.setattr(withdrawal, "patient_pseudonym", lambda *arguments, p=patient: p)
-        found = touched_by("somebody", path, cards=[card], withdraw=True)
+        withdrawal.withdraw("somebody", path)
+        found = touched_by("somebody", path, cards=[card])
         assert [t.checkpoints for t in found] == [(str(card),)] * count
         assert patient in Withdrawn.of(policy).patients()
 

@@ -37,6 +37,35 @@ def test_no_prompt_has_an_unknown_word(name):
         assert not (backbone.tokenizer(list(prompts)) == tokenizer.unk_token_id).any()
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"resize_mode": "squash"}, "preprocess_cfg.resize_mode 'squash'"),
+        ({"resize_mode": "longest", "fill_color": 127}, "preprocess_cfg.resize_mode 'longest'"),
+        ({"interpolation": "random"}, "preprocess_cfg.interpolation 'random'"),
+        ({"resize_mode": "squash", "interpolation": "random"}, "preprocess_cfg.interpolation 'random'"),
+    ],
+)
+def test_a_model_that_wants_its_images_otherwise_is_refused(tmp_path, change, said):
+    shutil.copytree(TINY, tmp_path / "model")
+    path = tmp_path / "model/open_clip_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "preprocess_cfg": config["preprocess_cfg"] | change}))
+    with pytest.raises(ModelError) as caught:
+        load_backbone(f"local-dir:{tmp_path / 'model'}")
+    assert len(caught.value.problems) == ("interpolation" in change) + ("resize_mode" in change)
+    assert said in "".join(caught.value.problems)
+
+
+def test_what_shortest_says_is_what_is_done_without_being_said(tmp_path):
+    shutil.copytree(TINY, tmp_path / "model")
+    path = tmp_path / "model/open_clip_config.json"
+    config = json.loads(path.read_text())
+    config["preprocess_cfg"] |= {"resize_mode": "shortest", "fill_color": 127}
+    path.write_text(json.dumps(config))
+    assert load_backbone(f"local-dir:{tmp_path / 'model'}").preprocess == load_backbone("tiny").preprocess
+
+
 def test_the_hash_sees_every_weight():
     state = {"a": torch.zeros(3), "b": torch.ones(2)}
     hashes = {state_sha256(state), state_sha256({**state, "b": torch.tensor([1.0, 1.0 + 1e-6])})}
