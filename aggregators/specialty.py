@@ -12,7 +12,7 @@ from clinifed.aggregators.ingress import check_update
 from clinifed.aggregators.rules import aggregate
 from clinifed.contract import Contract
 from clinifed.errors import UpdateError
-from clinifed.messages import Parameters, Update
+from clinifed.messages import Parameters, Update, unpacked
 
 __all__ = ["SpecialtyAggregator"]
 
@@ -65,7 +65,10 @@ class SpecialtyAggregator(ModelAggregator):
                 raise UpdateError("not_diff", f"{site} sent {model.params_type}, not a DIFF")
             # `client_name` and `props` are added by the server's own FLARE, `current_round` is checked as a field.
             meta = {k: v for k, v in model.meta.items() if k not in ("client_name", "props", "current_round")}
-            update = Update(site, model.current_round, dict(model.params or {}), meta)
+            params = dict(model.params or {})
+            if self._agreed.aggregation.update_dtype == "bfloat16":
+                params = unpacked(params)
+            update = Update(site, model.current_round, params, meta)
             check_update(update, self._agreed, self.round, site in self.accepted, self.job, self.nonces)
         except UpdateError as error:
             self.refuse(site, error.reason, str(error))

@@ -134,6 +134,7 @@ class Aggregation(_Settings):
     rule: str = "fedavg"  # a key of clinifed.aggregators.RULES
     weights: Literal["equal", "nominal_patients"] = "equal"  # public numbers only, never a site's true counts
     min_sites_per_head: int = Field(1, ge=1)  # a head that fewer sites sent keeps its value
+    update_dtype: Literal["float32", "bfloat16"] = "float32"  # on the way to the server; rounded after the noise
     norm_bound: float | None = Field(None, gt=0)  # of an update; default under DP: from the mechanism, for each site
     server_learning_rate: float = Field(1.0, gt=0)  # of fedavgm and fedadam
     momentum: float = Field(0.9, ge=0, lt=1)  # of fedavgm; beta 1 of fedadam

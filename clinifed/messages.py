@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, Final, Literal, get_args
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,9 +26,12 @@ __all__ = [
     "allowed_names",
     "array_problem",
     "head_name",
+    "packed",
     "projected",
     "release_sha256",
+    "rounded",
     "specialty_of",
+    "unpacked",
     "update_norm",
 ]
 
@@ -122,3 +126,37 @@ def projected(params: Parameters, bound: float) -> Parameters:
         factor, margin = bound / norm * margin, margin / 2
         scaled = {name: (value * np.float64(factor)).astype(np.float32) for name, value in params.items()}
     return scaled
+
+
+def rounded(params: Parameters, bound: float) -> Parameters:
+    """``params`` as float32 whose values bfloat16 holds as well, half to even, and no longer than ``bound``.
+
+    Done after the noise, so that it costs no epsilon; the hash that is signed and recorded is of the rounded values.
+
+    Guarantees:
+        - The norm of what is returned is at most ``bound``: a value grows by no more than a 256th.
+        - :func:`unpacked` of :func:`packed` of it is the same, to the last bit.
+    """
+    near = projected(params, bound / (1 + 2**-8))
+    most = np.float32(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
+    rounds = {}
+    for name, value in near.items():
+        # Far below any noise bfloat16 has fewer digits, and a value could grow by more; far above, it has infinity.
+        whole = np.where(np.abs(value) < 2.0**-110, np.float32(0), np.clip(value, -most, most))
+        rounds[name] = whole.astype(ml_dtypes.bfloat16).astype(np.float32)
+    return rounds
+
+
+def packed(params: Parameters) -> dict[str, NDArray[np.uint16]]:
+    """Rounded values as bfloat16's 16 bits, which is how half as many bytes travel; FLARE knows no bfloat16."""
+    return {name: value.astype(ml_dtypes.bfloat16).view(np.uint16) for name, value in params.items()}
+
+
+def unpacked(params: Mapping[str, Any]) -> Parameters:
+    """What was packed, as float32; what is no array of 16 bits is left as it is, for whoever checks it."""
+    return {
+        name: value.view(ml_dtypes.bfloat16).astype(np.float32)
+        if isinstance(value, np.ndarray) and value.dtype == np.uint16
+        else value
+        for name, value in params.items()
+    }

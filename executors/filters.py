@@ -19,7 +19,7 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 from clinifed.errors import PrivacyError
-from clinifed.messages import META_KEYS, TASK_HANDSHAKE, Update, release_sha256
+from clinifed.messages import META_KEYS, TASK_HANDSHAKE, Update, packed, release_sha256, unpacked
 from clinifed.policy import SitePolicy, find_policy
 from clinifed.privacy.ledger import Ledger
 
@@ -47,12 +47,11 @@ def policy_of(fl_ctx: FLContext) -> SitePolicy:
     return find_policy(local, fl_ctx.get_identity_name())
 
 
-def to_shareable(update: Update) -> Shareable:
-    """``update`` as FLARE sends it."""
+def to_shareable(update: Update, *, pack: bool = False) -> Shareable:
+    """``update`` as FLARE sends it; with ``pack`` as bfloat16's bits, where all its values are such."""
+    params = packed(update.params) if pack else dict(update.params)
     return FLModelUtils.to_shareable(
-        FLModel(
-            params_type=ParamsType.DIFF, params=dict(update.params), current_round=update.round, meta=dict(update.meta)
-        )
+        FLModel(params_type=ParamsType.DIFF, params=params, current_round=update.round, meta=dict(update.meta))
     )
 
 
@@ -82,12 +81,12 @@ class ReleaseFilter(Filter):
         if set(shareable) == {ReservedHeaderKey.HEADERS, TASK_HANDSHAKE}:
             return _handshake(shareable[TASK_HANDSHAKE], fl_ctx.get_identity_name())
         policy = policy_of(fl_ctx)
-        update = self._update(shareable, policy.site)
+        update, pack = self._update(shareable, policy.site)
         self._check(update, policy)
-        return to_shareable(update)
+        return to_shareable(update, pack=pack)
 
-    def _update(self, shareable: Shareable, site: str) -> Update:
-        """The update in ``shareable``, which must hold it and nothing else."""
+    def _update(self, shareable: Shareable, site: str) -> tuple[Update, bool]:
+        """The update in ``shareable``, which must hold it and nothing else, and whether it is packed."""
         try:
             dxo = from_shareable(shareable)
         except ValueError:
@@ -101,10 +100,13 @@ class ReleaseFilter(Filter):
             strange.append(f"data of kind {dxo.data_kind}")
         if strange:
             raise PrivacyError(f"site {site}: not on the list of what may leave: {', '.join(strange)}")
-        values = dxo.data.values() if isinstance(dxo.data, dict) else [None]
+        sent = dxo.data if isinstance(dxo.data, dict) else {"": None}
+        pack = bool(sent) and all(isinstance(v, np.ndarray) and v.dtype == np.uint16 for v in sent.values())
+        params = unpacked(sent) if pack else dict(sent)  # the ledger's hash is of the values
+        values = params.values()
         if not all(isinstance(v, np.ndarray) and v.dtype == np.float32 and np.isfinite(v).all() for v in values):
             raise PrivacyError(f"site {site}: a parameter is not a finite float32 array")
-        return Update(site, shareable.get_header(AppConstants.CURRENT_ROUND), dict(dxo.data), dict(dxo.meta))
+        return Update(site, shareable.get_header(AppConstants.CURRENT_ROUND), params, dict(dxo.meta)), pack
 
     def _check(self, update: Update, policy: SitePolicy) -> None:
         undeclared = sorted(set(update.meta.get("declared", {})) - set(policy.declare))

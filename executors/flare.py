@@ -111,7 +111,7 @@ class SiteExecutor(Executor):
         received = FLModelUtils.from_shareable(shareable)
         delta = save({name: np.ascontiguousarray(value) for name, value in received.params.items()})
         update = self._train(int(received.current_round), delta, fl_ctx, abort_signal)
-        result = to_shareable(update)
+        result = to_shareable(update, pack=self._agreed.aggregation.update_dtype == "bfloat16")
         append_line(
             policy_of(fl_ctx).diary,
             {

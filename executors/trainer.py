@@ -13,7 +13,7 @@ from clinifed.data.manifest import read_manifest, without_patients
 from clinifed.errors import ModelError, UpdateError
 from clinifed.executors.features import patient_tensors
 from clinifed.executors.release import Releases, check_contract
-from clinifed.messages import Parameters, Update, allowed_names, projected
+from clinifed.messages import Parameters, Update, allowed_names, projected, rounded
 from clinifed.models.adapters import FrozenPart, TrainablePart, build_trainable
 from clinifed.models.backbone import Backbone, load_backbone
 from clinifed.models.basis import read_basis
@@ -150,7 +150,9 @@ class SiteTrainer:
             log.info("round %d: trained in %.2f s", round_number, time.perf_counter() - started)
             change = {n: (t - began[n]).numpy() for n, t in self.part.shared().items()}
             # The server refuses what is longer than the contract's bound; after the noise, shortening it is free.
-            return projected(change, self.contract.sites[self.policy.site].norm_bound), declared
+            bound = self.contract.sites[self.policy.site].norm_bound
+            sent = rounded if self.contract.aggregation.update_dtype == "bfloat16" else projected
+            return sent(change, bound), declared
 
         return self.releases.release(round_number, make)
 

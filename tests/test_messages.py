@@ -7,7 +7,17 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from clinifed.messages import Update, allowed_names, projected, release_sha256, specialty_of, update_norm
+from clinifed.messages import (
+    Update,
+    allowed_names,
+    packed,
+    projected,
+    release_sha256,
+    rounded,
+    specialty_of,
+    unpacked,
+    update_norm,
+)
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=True)
 ARRAYS = st.lists(st.lists(FLOATS, min_size=1, max_size=6), min_size=1, max_size=3)
@@ -37,6 +47,35 @@ def test_the_norm_of_what_is_projected_is_at_most_the_bound(arrays, bound):
     sent = projected(params, bound)
     assert update_norm(arrived(sent)) <= bound
     assert {n: (v.shape, v.dtype) for n, v in sent.items()} == {n: (v.shape, v.dtype) for n, v in params.items()}
+
+
+@settings(max_examples=400, deadline=None)
+@given(arrays=ARRAYS, bound=BOUNDS)
+@example(arrays=[[LEAST] * 6] * 3, bound=LEAST * 3)
+@example(arrays=[[1.5e-39] * 6], bound=3.7e-39)
+@example(arrays=[[1.00390624] * 6], bound=1.00390624 * 6**0.5)
+@example(arrays=[[3.4028234663852886e38] * 6], bound=3.4028234663852886e38)
+def test_the_norm_of_what_is_rounded_is_at_most_the_bound_and_packing_loses_nothing(arrays, bound):
+    params = named(arrays)
+    sent = rounded(params, bound)
+    assert update_norm(sent) <= bound
+    bits = packed(sent)
+    assert all(value.dtype == np.uint16 for value in bits.values())
+    assert {n: (v.shape, v.tobytes()) for n, v in unpacked(bits).items()} == {
+        n: (v.shape, v.tobytes()) for n, v in sent.items()
+    }
+
+
+def test_rounding_is_to_the_nearest_of_eight_bits():
+    values = np.random.default_rng(0).normal(size=10_000).astype(np.float32)
+    sent = rounded({"a": values}, 1e9)["a"]
+    assert 2**-9 < np.abs(sent / values - 1).max() <= 2**-8
+    assert abs((sent - values).mean()) < 1e-4
+
+
+def test_what_is_no_array_of_sixteen_bits_stays_as_it_came():
+    strange = {"a": None, "b": np.ones(2, np.float32), "c": np.ones(2, np.int32)}
+    assert all(unpacked(strange)[name] is value for name, value in strange.items())
 
 
 @settings(max_examples=200, deadline=None)

@@ -8,6 +8,8 @@ import pytest
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 
 from clinifed.aggregators.specialty import SpecialtyAggregator
+from clinifed.messages import packed, rounded
+from clinifed.privacy.claims import make_claim
 
 from .conftest import JOB
 
@@ -45,6 +47,29 @@ def test_a_refused_update_leaves_no_trace(aggregator, updates):
         for order in ([bad, *good], [good[0], bad, good[1]], [*good, bad]):
             assert aggregate(aggregator, order) == expected
             assert list(aggregator.refused) == ["cedar"]
+
+
+def test_sixteen_bits_are_taken_where_the_contract_says_so_and_nowhere_else(contract, updates, signed, monkeypatch):
+    found = {}
+    for dtype in ("bfloat16", "float32"):
+        settings = contract.aggregation.model_copy(update={"update_dtype": dtype})
+        agreed, made = contract.model_copy(update={"aggregation": settings}), {}
+        for site, update in updates.items():
+            claim = make_claim(agreed, site, "job", 10**9, agreed.promise.delta, "a" * 64)
+            params = rounded(update.params, agreed.sites[site].norm_bound)
+            made[site] = signed(replace(update, params=params, meta={**update.meta, "claim": claim}))
+        sent = [message(update, params=packed(update.params)) for update in made.values()]
+        aggregator = SpecialtyAggregator(agreed.text())
+        aggregator.round, aggregator.job = 1, JOB
+        monkeypatch.setattr(aggregator, "warning", logging.getLogger(__name__).info)
+        for one in sent:
+            aggregator.accept_model(one)
+        found[dtype] = aggregator
+    assert set(found["bfloat16"].accepted) == set(updates), found["bfloat16"].refused
+    for site, update in found["bfloat16"].accepted.items():
+        for name, value in rounded(updates[site].params, contract.sites[site].norm_bound).items():
+            assert np.array_equal(update.params[name], value)
+    assert found["float32"].refused == dict.fromkeys(updates, "wrong_dtype")
 
 
 def test_a_replayed_update_counts_once(aggregator, updates):

@@ -17,7 +17,7 @@ from clinifed.errors import PrivacyError
 from clinifed.executors.filters import ReleaseFilter, privacy_scope, to_shareable
 from clinifed.executors.flare import SiteExecutor, _refuse_open_door
 from clinifed.executors.release import Releases
-from clinifed.messages import META_KEYS, TASK_HANDSHAKE, Update
+from clinifed.messages import META_KEYS, TASK_HANDSHAKE, Update, packed, unpacked
 from clinifed.policy import POLICY_FOLDER, SitePolicy
 
 from .conftest import JOB
@@ -61,6 +61,16 @@ def test_a_charged_release_leaves_as_it_is_and_with_nothing_else(site):
     assert set(left.meta) <= set(META_KEYS)
     assert left.meta == dict(site.update.meta)
     assert all((left.data[name] == value).all() for name, value in site.update.params.items())
+
+
+def test_a_packed_release_leaves_packed_and_is_looked_up_by_its_values(site):
+    left = from_shareable(leave(site, to_shareable(site.update, pack=True)))
+    assert all(value.dtype == np.uint16 for value in left.data.values())
+    sent = unpacked(left.data)
+    assert all((sent[name] == value).all() for name, value in site.update.params.items())
+    other = {name: value + 1 for name, value in packed(site.update.params).items()}
+    with pytest.raises(PrivacyError, match="no charge in the ledger pays"):
+        leave(site, to_shareable(replace(site.update, params=unpacked(other)), pack=True))
 
 
 def changed(update: Update, **meta) -> Update:

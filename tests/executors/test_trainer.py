@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ from clinifed.errors import BudgetExceededError, DataError, LedgerError, ModelEr
 from clinifed.executors.trainer import SiteTrainer
 from clinifed.files import read_lines
 from clinifed.jobs.recipe import build_contract
-from clinifed.messages import META_KEYS, update_norm
+from clinifed.messages import META_KEYS, packed, release_sha256, unpacked, update_norm
 from clinifed.policy import Budget
 from clinifed.privacy.accountant import cost_units
 from clinifed.privacy.engine import PatientDPOptimizer
@@ -52,6 +53,18 @@ def test_the_trunk_trains_with_the_heads_and_is_shared(federation, backbone, tra
     check_update(update, agreed, 0, False, JOB)
     assert update.params[shared].any()
     assert update.params.keys() == agreed.shapes.keys()
+
+
+def test_in_bfloat16_half_as_many_bytes_leave_and_what_is_charged_is_what_is_sent(federation, backbone, policy, train):
+    aggregation = federation.aggregation.model_copy(update={"update_dtype": "bfloat16"})
+    agreed = build_contract(federation.model_copy(update={"aggregation": aggregation}), backbone)
+    update = train(agreed).train(0, zeros(agreed))
+    check_update(update, agreed, 0, False, JOB)
+    bits = packed(update.params)
+    assert 2 * sum(v.nbytes for v in bits.values()) == sum(v.nbytes for v in update.params.values())
+    assert all(np.array_equal(unpacked(bits)[n], v) for n, v in update.params.items())
+    released = [record["release_sha256"] for record in read_lines(policy.ledger) if record["kind"] == "release"]
+    assert released == [release_sha256(update)]
 
 
 @pytest.mark.parametrize("name", ["multi-label-bce", "siglip-public-negatives"])
