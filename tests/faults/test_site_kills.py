@@ -43,6 +43,7 @@ def test_trainers_and_a_job_process_killed_in_every_phase_of_a_round(live: LiveF
 
 def test_a_whole_site_killed_is_noticed_and_is_back_in_the_next_job(live: LiveFederation) -> None:
     killed, returned = threading.Event(), threading.Event()
+    live.fault("cedar", "trainer-asked", "sleep", round=1, seconds=20)  # so that it is killed before it has answered
 
     def told(text: str) -> None:
         if text.startswith("round 1 of") and not killed.is_set():
