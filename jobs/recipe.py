@@ -37,14 +37,6 @@ __all__ = ["FederationRecipe", "build_contract", "new_run"]
 _DEAD_SITES = {"dead_client_grace_period": 10.0, "dead_client_check_lead_time": 5.0}
 
 
-def _asking_interval_s(sites: int) -> float:
-    """How long a site waits before it asks the server for work again: FLARE's 2 s make up most of a short round.
-
-    A server of many sites is asked no more than 50 times a second.
-    """
-    return min(2.0, max(0.2, sites / 50))
-
-
 def new_run() -> str:
     """A name for a run that no ledger and no server knows yet."""
     return uuid.uuid4().hex
@@ -146,7 +138,6 @@ class FederationRecipe(Recipe):
         job.set_app_packages(["clinifed"])
         super().__init__(job)
         self.add_server_config(_DEAD_SITES)
-        self.add_server_config({"server": {"task_request_interval": _asking_interval_s(len(contract.sites))}})
         # A result whose answer does not come (the server was killed, or a firewall swallowed it) is sent again while
         # the round lasts; the answer comes after the arrays, so a long round has long transfers.
         self.add_client_config({"submit_task_result_timeout": max(10.0, contract.aggregation.round_timeout_s / 2)})
