@@ -7,16 +7,13 @@ that starts them stays small, since Linux counts a parent's memory into what it 
 
 import argparse
 import json
-import resource
-import subprocess
-import sys
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from results import Entry, record, write_section
+from results import Entry, peak_gb, printed, record, write_section
 
 LIMIT_GB = 1.2  # of a site whose images are all in the cache
 PLAN = {
@@ -121,9 +118,7 @@ WAYS = {
 
 def measured(way: str, folder: Path) -> dict[str, Any]:
     """The figures of ``way``, from a process of its own."""
-    command = [sys.executable, __file__, "--way", way, "--folder", str(folder)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    figures: dict[str, Any] = printed(__file__, "--way", way, "--folder", str(folder))
     return figures
 
 
@@ -152,8 +147,7 @@ def main() -> None:
     if options.way:
         began = time.perf_counter()
         figures = WAYS[options.way](options.folder)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-        print(json.dumps({**figures, "peak": peak, "seconds": time.perf_counter() - began}))
+        print(json.dumps({**figures, "peak": peak_gb(), "seconds": time.perf_counter() - began}))
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -3,10 +3,14 @@
 import json
 import os
 import platform
+import resource
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("nvflare", "torch", "opacus", "open_clip_torch")
@@ -47,3 +51,17 @@ def record(entries: Sequence[Entry]) -> None:
     kept = {entry["name"]: entry for entry in json.loads(path.read_text())} if path.exists() else {}
     kept |= {entry.name: {**asdict(entry), "machine": machine()} for entry in entries}
     path.write_text(json.dumps(list(kept.values()), indent=2) + "\n")
+
+
+def peak_gb() -> float:
+    """Peak resident memory of this process, GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def printed(script: str, *words: str) -> Any:
+    """The JSON in the last line that ``script`` prints in a process of its own.
+
+    Linux counts a parent's memory into what it starts, so whoever asks for a peak must be small.
+    """
+    done = subprocess.run([sys.executable, script, *words], check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])

@@ -8,17 +8,14 @@ Linux counts a parent's memory into what it starts. Both sides of a ratio run in
 import argparse
 import gc
 import json
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from results import Entry, record, write_section
+from results import Entry, peak_gb, printed, record, write_section
 
 IMAGES = 4  # in a physical batch of the tower
 PATIENTS = {"heads": 500, "projection": 500, "lora": 32, "blocks": 128}  # with two images where features are one row
@@ -39,11 +36,6 @@ def in_turns(one: Callable[[], object], other: Callable[[], object], pairs: int)
             if pair:
                 times.append(time.perf_counter() - began)
     return taken
-
-
-def peak_gb() -> float:
-    """Peak resident memory of this process, GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def our_step(mode: str, ref: str) -> dict[str, Any]:
@@ -119,9 +111,7 @@ def stock_opacus(ref: str) -> dict[str, Any]:
 
 def measured(mode: str, ref: str) -> Any:
     """What a process of its own prints for ``mode``."""
-    command = [sys.executable, __file__, "--mode", mode, "--base", ref]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    return printed(__file__, "--mode", mode, "--base", ref)
 
 
 def report(found: dict[str, dict[str, Any]]) -> None:

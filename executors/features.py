@@ -16,7 +16,7 @@ import clinifed.data
 from clinifed import __version__
 from clinifed.config import Specialty
 from clinifed.data.dataset import Batch, iter_pixels, patients
-from clinifed.data.manifest import Manifest, Record
+from clinifed.data.manifest import Manifest, Record, read_manifest, without_patients
 from clinifed.data.series import frames_of
 from clinifed.data.volumes import KEY_FRAME
 from clinifed.errors import DataError
@@ -25,10 +25,12 @@ from clinifed.models.adapters import FrozenPart, GlobalModel
 from clinifed.models.backbone import Backbone
 from clinifed.models.embedding import embed_images
 from clinifed.models.shards import Shards
+from clinifed.policy import SitePolicy
 from clinifed.privacy.engine import PatientTensors
 from clinifed.privacy.objectives import OBJECTIVES, Objective, encode_labels
+from clinifed.privacy.withdrawn import Withdrawn
 
-__all__ = ["SitePatients", "file_content", "patient_rows", "patient_tensors"]
+__all__ = ["SitePatients", "file_content", "patient_tensors", "site_manifest"]
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +47,21 @@ class SitePatients(PatientTensors):
     """Patients whose rows know their image: a volume has a row for each frame that stands for it, with its views."""
 
     image: Tensor  # (R,) int64, non-decreasing
+    records: tuple[Record, ...]  # R, what the manifest says of that image
 
     @property
     def first(self) -> Tensor:
         """(R,) bool: the first row of each image, to count images by. As private as the images."""
         return torch.diff(self.image, prepend=torch.tensor([-1])) != 0
+
+
+def site_manifest(policy: SitePolicy) -> Manifest:
+    """A site's manifest without the patients who withdrew: nothing at a site reads images of another one.
+
+    Raises:
+        DataError: the manifest, or the list of who withdrew, cannot be read.
+    """
+    return without_patients(read_manifest(policy.manifest), Withdrawn.of(policy).patients())
 
 
 def patient_tensors(
@@ -64,33 +76,7 @@ def patient_tensors(
     objective: Objective = OBJECTIVES["cross-entropy"],
     views: int = 1,
 ) -> SitePatients:
-    """As :func:`patient_rows`, without the records."""
-    return patient_rows(
-        model,
-        backbone,
-        manifest,
-        specialties,
-        split=split,
-        batch_size=batch_size,
-        cache=cache,
-        objective=objective,
-        views=views,
-    )[0]
-
-
-def patient_rows(
-    model: GlobalModel | FrozenPart,
-    backbone: Backbone,
-    manifest: Manifest,
-    specialties: Mapping[str, Specialty],
-    *,
-    split: str | None,
-    batch_size: int,
-    cache: Path | None,
-    objective: Objective = OBJECTIVES["cross-entropy"],
-    views: int = 1,
-) -> tuple[SitePatients, list[Record]]:
-    """The patients of ``manifest`` as features (R, F) of the frozen part of ``model``, and the image of each row.
+    """The patients of ``manifest`` as features (R, F) of the frozen part of ``model``.
 
     Args:
         specialties: those to keep; ``PatientTensors.specialty`` counts their sorted names. Their ``frames`` say which
@@ -158,14 +144,14 @@ def patient_rows(
         raise DataError(f"{manifest.path}: no readable image of {', '.join(sorted(missing))}")
     # Dense numbers: patients all of whose images were unreadable are gone. Rows are already sorted by patient.
     dense: dict[str, int] = {}
-    data = SitePatients(
+    return SitePatients(
         features=embedded.features.unflatten(1, shape) if shape else embedded.features,
         patient=torch.tensor([dense.setdefault(r.patient, len(dense)) for r in rows]),
         specialty=torch.tensor([names.index(r.specialty) for r in rows]),
         label=torch.tensor([encoded[i] for i in embedded.images]),
         image=torch.tensor(embedded.images),
+        records=tuple(rows),
     )
-    return data, rows
 
 
 def _content(manifest: Manifest, record: Record) -> str | None:

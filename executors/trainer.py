@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from clinifed.contract import Contract
-from clinifed.data.manifest import read_manifest, without_patients
 from clinifed.errors import ModelError, UpdateError
-from clinifed.executors.features import patient_tensors
+from clinifed.executors.features import patient_tensors, site_manifest
 from clinifed.executors.release import Releases, check_contract
 from clinifed.messages import Parameters, Update, allowed_names, projected, rounded
 from clinifed.models.adapters import FrozenPart, TrainablePart, build_trainable
@@ -23,7 +22,6 @@ from clinifed.privacy.engine import Mechanism, PatientTensors, mean_loss, plain_
 from clinifed.privacy.objectives import label_counts, resolve_objective
 from clinifed.privacy.patients import rows_per_batch
 from clinifed.privacy.self_test import self_test
-from clinifed.privacy.withdrawn import Withdrawn
 
 __all__ = ["SiteTrainer", "local_steps"]
 
@@ -86,7 +84,7 @@ class SiteTrainer:
         start: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.contract, self.policy = contract, policy
-        manifest = without_patients(read_manifest(policy.manifest), Withdrawn.of(policy).patients())
+        manifest = site_manifest(policy)
         check_contract(contract, policy, coordinator, manifest.data_class)
         if contract.promise.mode == "dp":
             self_test()

@@ -19,7 +19,7 @@ from clinifed.models.adapters import TrainablePart, build_trainable
 from clinifed.models.backbone import Backbone
 from clinifed.privacy.engine import PatientTensors
 
-__all__ = ["alone", "centralised", "federated_openly", "load_part", "pool", "without_basis"]
+__all__ = ["alone", "centralised", "federated_openly", "load_part", "one_thread", "pool"]
 
 
 def alone(contract: Contract, backbone: Backbone, site: str, data: PatientTensors, *, private: bool) -> TrainablePart:
@@ -49,7 +49,7 @@ def centralised(contract: Contract, backbone: Backbone, data: Mapping[str, Patie
 def _rounds(part: TrainablePart, data: PatientTensors, terms: Contract, nominal_patients: int) -> None:
     """As many steps as the federation takes, in place, and its average of the last models."""
     start, averaging = part.shared(), _Averaging(terms)
-    with _one_thread():
+    with one_thread():
         for number in range(terms.rounds):
             local_steps(part, start, data, terms, nominal_patients, terms.training.local_epochs)
             averaging.add(number, part.shared())
@@ -94,7 +94,7 @@ def federated_openly(contract: Contract, backbone: Backbone, data: Mapping[str, 
     weights = {site: contract.sites[site].weight for site in sites}
     memory: Memory = {}
     averaging = _Averaging(contract)
-    with _one_thread():
+    with one_thread():
         for number in range(contract.rounds):
             updates = []
             for site, part in sites.items():
@@ -130,21 +130,14 @@ def pool(data: Mapping[str, PatientTensors], contract: Contract) -> PatientTenso
     return PatientTensors(torch.cat(features), torch.cat(patient), torch.cat(specialty), torch.cat(label))
 
 
-def without_basis(contract: Contract) -> Contract:
-    """``contract`` with heads that read the embedding itself, as every model is written; itself where they do."""
-    if contract.training.basis == "none":
-        return contract
-    return contract.model_copy(update={"training": contract.training.model_copy(update={"basis": "none"})})
-
-
 def _open(contract: Contract) -> Contract:
     """The contract without DP."""
     return contract.model_copy(update={"promise": contract.promise.model_copy(update={"mode": "off"})})
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """The steps are small: threads that wait for each other cost more than they give."""
+def one_thread() -> Iterator[None]:
+    """For steps that are small: threads that wait for each other cost more than they give."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -5,23 +5,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter
 
-from clinifed.config import Specialty, Training
-from clinifed.data.manifest import Manifest, Record, read_manifest
-from clinifed.errors import DataError, ModelError
+from clinifed.config import Training
+from clinifed.data.manifest import Manifest, read_manifest
+from clinifed.errors import DataError
 from clinifed.evaluation.assessment import MIN_PATIENTS
 from clinifed.evaluation.relinkage import RANKS, linked, recall_at, reports_of
 from clinifed.evaluation.scoring import scores_of
-from clinifed.executors.features import patient_rows
+from clinifed.executors.features import SitePatients, patient_tensors
 from clinifed.jobs.comparison import HOLDOUT, PUBLIC_TEST, compare, judge
 from clinifed.load import read_yaml, validate
+from clinifed.models.adaptation import base_of, card_specialties
 from clinifed.models.adapters import GlobalModel, TrainablePart, build_trainable
-from clinifed.models.backbone import Backbone, load_backbone
+from clinifed.models.backbone import Backbone
 from clinifed.models.state import Checkpoint, read_checkpoint
 from clinifed.policy import SitePolicy
 from clinifed.privacy.objectives import resolve_objective
-from clinifed.privacy.patients import PatientTensors
 
 __all__ = ["STAYS", "evaluate_at_site", "evaluate_checkpoint"]
 
@@ -96,11 +95,7 @@ def _evaluate(
     split: str | None,
     minimum: int,
 ) -> dict[str, Any]:
-    base = read.card["base_model"]
-    backbone = load_backbone(model_ref or base["ref"])
-    if backbone.sha256 != base["sha256"]:
-        raise ModelError(f"the base model is {backbone.sha256}, the checkpoint was trained on {base['sha256']}")
-    every = TypeAdapter(dict[str, Specialty]).validate_python(read.card["specialties"])
+    backbone, every = base_of(read, model_ref), card_specialties(read)
     names = sorted({r.specialty for r in manifest.records if split in (None, r.split)} & set(every))
     if not names:
         raise DataError(f"{manifest.path}: no image of {', '.join(sorted(every))}, which the checkpoint knows")
@@ -108,7 +103,7 @@ def _evaluate(
     objective = resolve_objective(read.card["objective"])
     start = build_trainable(backbone, every, training)
     trained = build_trainable(backbone, every, training, read.params)
-    patients, records = patient_rows(
+    patients = patient_tensors(
         GlobalModel(backbone, start).eval(),
         backbone,
         manifest,
@@ -132,15 +127,16 @@ def _evaluate(
         "note": None if site is None else STAYS,
         "metrics": {n: {"zero_shot": before[n].to_dict(), "federated": after[n].to_dict()} for n in names},
         "comparison": compare(every, objective, "trained", public, own, minimum),
-        "relinkage": _relinkage(backbone, start, trained, patients, records),
+        "relinkage": _relinkage(backbone, start, trained, patients),
     }
 
 
 @torch.inference_mode()
 def _relinkage(
-    backbone: Backbone, start: TrainablePart, trained: TrainablePart, patients: PatientTensors, records: list[Record]
+    backbone: Backbone, start: TrainablePart, trained: TrainablePart, patients: SitePatients
 ) -> dict[str, Any] | None:
     """Image → own report among those of the set, by the base embedding and the trained one; None without captions."""
+    records = patients.records
     rows = [i for i, record in enumerate(records) if record.caption.strip()]
     if not rows:
         return None

@@ -17,7 +17,8 @@ from clinifed.evaluation.assessment import MIN_PATIENTS
 from clinifed.evaluation.metrics import mean_scores
 from clinifed.evaluation.scoring import scores_of
 from clinifed.executors.features import patient_tensors
-from clinifed.jobs.baselines import alone, centralised, federated_openly, load_part, without_basis
+from clinifed.jobs.baselines import alone, centralised, federated_openly, load_part
+from clinifed.jobs.card import without_basis
 from clinifed.jobs.comparison import Judged, compare, judge
 from clinifed.jobs.prepare import PreparedData
 from clinifed.messages import Parameters

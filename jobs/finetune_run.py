@@ -16,14 +16,14 @@ from clinifed.evaluation.stopping import Figures, Watch
 from clinifed.executors.features import patient_tensors
 from clinifed.executors.trainer import SiteTrainer
 from clinifed.files import write_json
-from clinifed.jobs.finetune_card import agreed_card, claim_of, public_paths, started_from
+from clinifed.jobs.card import agreed_card, public_paths
+from clinifed.jobs.finetune_card import claim_of, started_from
 from clinifed.jobs.finetune_plan import PreparedSite, ValidationSet
-from clinifed.messages import Parameters
 from clinifed.models.adaptation import Start
 from clinifed.models.adapters import GlobalModel, build_trainable
 from clinifed.models.backbone import Backbone
-from clinifed.models.state import Checkpoint, read_checkpoint
-from clinifed.privacy.engine import PatientTensors
+from clinifed.models.state import Checkpoint, arrays, read_checkpoint
+from clinifed.privacy.engine import PatientTensors, mean_loss
 
 __all__ = ["CHECKPOINT", "REPORT", "FineTuningRun", "Params"]
 
@@ -62,7 +62,7 @@ class FineTuningRun:
                 break
             if not self._epoch(number).exists():
                 state = self._step(number, state)
-                write_checkpoint(self._epoch(number), _arrays(state), self._card(self._epoch(number), number, number))
+                write_checkpoint(self._epoch(number), arrays(state), self._card(self._epoch(number), number, number))
             kept = read_checkpoint(self._epoch(number))  # bit for bit what a run that goes on finds
             state, done = kept.params, number
             self.lost, self.declared = kept.card["fine_tuned"]["lost"], kept.card["fine_tuned"]["declared"]
@@ -80,7 +80,7 @@ class FineTuningRun:
             "checkpoint": CHECKPOINT,
         }
         write_json(self.out / REPORT, report)  # first: the checkpoint says that all is done
-        write_checkpoint(self.out / CHECKPOINT, _arrays(params), card)
+        write_checkpoint(self.out / CHECKPOINT, arrays(params), card)
         self.progress(f"kept epoch {chosen} of {done}: {self.out / CHECKPOINT}")
         return report
 
@@ -116,11 +116,10 @@ class FineTuningRun:
         contract = self.trainer.contract
         part = build_trainable(self.backbone, contract.specialties, contract.training, state)
         scores = score_part(part, self.judged, self.names, self.trainer.objective)
-        with torch.inference_mode():
-            loss = self.trainer.objective(part(self.judged.features), self.judged.specialty, self.judged.label).mean()
+        loss = mean_loss(part, self.judged, self.trainer.objective, contract.training.batch_size)
         mean = float(np.mean([s.balanced_accuracy for s in scores.values()]))
-        self.watch.add(Figures(mean, float(loss)))
-        self.progress(f"epoch {len(self.watch.seen) - 1}: balanced accuracy {mean:.3f}, loss {float(loss):.4f}")
+        self.watch.add(Figures(mean, loss))
+        self.progress(f"epoch {len(self.watch.seen) - 1}: balanced accuracy {mean:.3f}, loss {loss:.4f}")
 
     def _features(self, manifest: Manifest, names: Sequence[str], split: str | None) -> PatientTensors:
         contract = self.trainer.contract
@@ -180,7 +179,3 @@ class FineTuningRun:
             "evaluation": None,
             "public": public_paths({"validation": prepared.validation, "test": prepared.test}, self.out, where),
         }
-
-
-def _arrays(state: Params) -> Parameters:
-    return {name: tensor.detach().numpy().astype(np.float32) for name, tensor in state.items()}

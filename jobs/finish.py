@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
-import numpy as np
 import torch
 
 from clinifed.aggregators.checkpoint import write_checkpoint
@@ -17,11 +16,11 @@ from clinifed.aggregators.run_state import RunState
 from clinifed.contract import Contract
 from clinifed.evaluation.assessment import MIN_PATIENTS
 from clinifed.files import read_lines, write_json
-from clinifed.jobs.baselines import without_basis
+from clinifed.jobs.card import agreed_card, public_paths
 from clinifed.jobs.evaluate_run import evaluate_run
 from clinifed.jobs.prepare import PreparedData
 from clinifed.models.backbone import Backbone
-from clinifed.models.state import read_checkpoint
+from clinifed.models.state import arrays, read_checkpoint
 from clinifed.policy import SitePolicy
 from clinifed.privacy.claims import claim_schema, make_claim
 from clinifed.privacy.ledger import Ledger
@@ -69,22 +68,8 @@ def save_checkpoint(
     metrics: dict[str, Any],
 ) -> None:
     """Write the checkpoint with its card."""
-    public = {
-        which: str(Path("..") / manifest.path.relative_to(path.parent))
-        for which, manifest in (("validation", data.validation), ("test", data.test))
-        if manifest is not None and manifest.path.is_relative_to(path.parent)
-    }
     card = {
-        "schema_version": 1,
-        "clinifed_version": contract.clinifed_version,
-        "federation": contract.federation,
-        "contract_sha256": contract.sha256(),
-        "job": rounds[0]["job"],
-        "base_model": contract.base_model.model_dump(),
-        "training": without_basis(contract).training.model_dump(),
-        "objective": contract.promise.objective,
-        "specialties": {n: s.model_dump(mode="json") for n, s in contract.specialties.items()},
-        "rounds": contract.rounds,
+        **agreed_card(contract, rounds[0]["job"]),
         "sites": {
             name: {
                 "specialties": list(site.specialties),
@@ -97,10 +82,9 @@ def save_checkpoint(
         "evaluation": {"data": "public test", "manifest_sha256": data.test.sha256, "metrics": metrics}
         if data.test
         else None,
-        "public": public,
-        "exportable": True,
+        "public": public_paths({"validation": data.validation, "test": data.test}, path.parent, path),
     }
-    write_checkpoint(path, {n: t.numpy().astype(np.float32) for n, t in params.items()}, card)
+    write_checkpoint(path, arrays(params), card)
 
 
 def summarise(

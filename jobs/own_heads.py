@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from clinifed.jobs.baselines import one_thread
 from clinifed.models.adapters import TrainablePart
 from clinifed.privacy.engine import PatientTensors, physical_batches, plain_step, pull_towards
 from clinifed.privacy.objectives import Objective
@@ -64,13 +65,9 @@ def candidates(zero_shot: Head, common: Head, data: PatientTensors, recipe: Reci
     Raises:
         DataError: there are no patients, or the loss is not finite.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the steps are small: threads that wait for each other cost more than they give
-    try:
+    with one_thread():
         local = _trained(zero_shot, data, recipe.objective, recipe.learning_rate, recipe.steps, recipe.pull)
         pulled = [_trained(common, data, recipe.objective, _RATE, _steps(s), s) for s in _PULLS]
-    finally:
-        torch.set_num_threads(threads)
     mixed = [common.mixed(local, share) for share in _MIXTURES]
     named = {ZERO_SHOT: zero_shot, GLOBAL: common, LOCAL_ONLY: local}
     return named | dict(zip(VARIANTS, [*pulled, *mixed], strict=True))

@@ -10,29 +10,27 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from clinifed.aggregators.checkpoint import write_checkpoint
 from clinifed.config import Specialty, Training
-from clinifed.data.manifest import Manifest, read_manifest, without_patients
+from clinifed.data.manifest import Manifest
 from clinifed.errors import DataError, ModelError
 from clinifed.evaluation.choice import Choice, choose
-from clinifed.executors.features import patient_tensors
+from clinifed.executors.features import patient_tensors, site_manifest
 from clinifed.files import OWNER_ONLY, write_json
 from clinifed.jobs.own_heads import GLOBAL, LOCAL_ONLY, VARIANTS, Head, Recipe, candidates, embedded, logits
 from clinifed.load import validate
 from clinifed.messages import head_name
-from clinifed.models.adaptation import card_specialties
+from clinifed.models.adaptation import base_of, card_specialties
 from clinifed.models.adapters import GlobalModel, TrainablePart, build_trainable
-from clinifed.models.backbone import Backbone, load_backbone
+from clinifed.models.backbone import Backbone
 from clinifed.models.heads import zero_shot_heads
-from clinifed.models.state import Checkpoint, read_checkpoint
+from clinifed.models.state import Checkpoint, arrays, read_checkpoint
 from clinifed.policy import SitePolicy
 from clinifed.privacy.cohorts import Cohorts
 from clinifed.privacy.engine import PatientTensors
 from clinifed.privacy.objectives import Objective, resolve_objective
-from clinifed.privacy.withdrawn import Withdrawn
 from clinifed.signing import read_signing_key
 
 __all__ = ["personalise"]
@@ -81,12 +79,9 @@ def personalise(
     known = card_specialties(source)
     training = validate(Training, source.card["training"], f"{checkpoint}: training")
     objective = resolve_objective(source.card["objective"])
-    manifest = without_patients(read_manifest(policy.manifest), Withdrawn.of(policy).patients())
+    manifest = site_manifest(policy)
     names = _specialties(manifest, known, specialties)
-    base = source.card["base_model"]
-    backbone = load_backbone(model_ref or policy.model_ref or base["ref"])
-    if backbone.sha256 != base["sha256"]:
-        raise ModelError(f"the base model is {backbone.sha256}, the checkpoint was trained on {base['sha256']}")
+    backbone = base_of(source, model_ref or policy.model_ref)
     _make_folder(out)
 
     part = build_trainable(backbone, known, training, source.params)
@@ -114,9 +109,8 @@ def personalise(
         "specialties": {name: choice.to_dict() for name, choice in choices.items()},
     }
     write_json(out / _REPORT, report, OWNER_ONLY)
-    arrays = {name: tensor.numpy().astype(np.float32) for name, tensor in params.items()}
     card = _card(source, policy, manifest, choices, out / _CHECKPOINT)
-    write_checkpoint(out / _CHECKPOINT, arrays, card, owner_only=True)
+    write_checkpoint(out / _CHECKPOINT, arrays(params), card, owner_only=True)
     return report
 
 

@@ -18,11 +18,11 @@ from clinifed.errors import ModelError
 from clinifed.load import validate
 from clinifed.messages import TRUNK, head_name
 from clinifed.models.adapters import build_trainable
-from clinifed.models.backbone import Backbone
+from clinifed.models.backbone import Backbone, load_backbone
 from clinifed.models.heads import prompt_matrix, zero_shot_heads
 from clinifed.models.state import Checkpoint
 
-__all__ = ["ALIKE", "Row", "Start", "card_specialties", "start_from"]
+__all__ = ["ALIKE", "Row", "Start", "base_of", "card_specialties", "start_from"]
 
 ALIKE = 0.95  # cosine of two labels' prompt embeddings from which one's change is the other's; 1 for the same prompts
 _SHAPING = ("rank", "blocks")  # of Training: what a trunk's shapes depend on besides its kind
@@ -62,6 +62,22 @@ def card_specialties(source: Checkpoint) -> dict[str, Specialty]:
         return TypeAdapter(dict[str, Specialty]).validate_python(source.card["specialties"])
     except (KeyError, ValidationError) as error:
         raise ModelError(f"{source.path}: the card's specialties cannot be read ({type(error).__name__})") from None
+
+
+def base_of(source: Checkpoint, ref: str | None) -> Backbone:
+    """The base model that a checkpoint was trained on.
+
+    Args:
+        ref: where it is, if not where the card says.
+
+    Raises:
+        ModelError: it cannot be loaded, or is another one.
+    """
+    base = source.card["base_model"]
+    backbone = load_backbone(ref or base["ref"])
+    if backbone.sha256 != base["sha256"]:
+        raise ModelError(f"the base model is {backbone.sha256}, the checkpoint was trained on {base['sha256']}")
+    return backbone
 
 
 def start_from(

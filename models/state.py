@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from clinifed.errors import ModelError
 from clinifed.files import file_sha256
+from clinifed.messages import Parameters
 
-__all__ = ["CARD", "WEIGHTS", "Checkpoint", "apply_delta", "read_checkpoint"]
+__all__ = ["CARD", "WEIGHTS", "Checkpoint", "apply_delta", "arrays", "read_checkpoint"]
 
 WEIGHTS = "model.safetensors"
 CARD = "card.json"
@@ -62,6 +64,11 @@ def _read_card(path: Path) -> dict[str, Any]:
     if not isinstance(card, dict):
         raise ModelError(f"{path}: expected an object, found {type(card).__name__}")
     return card
+
+
+def arrays(params: Mapping[str, Tensor]) -> Parameters:
+    """Parameters as checkpoints are written of: float32 arrays by name."""
+    return {name: tensor.detach().numpy().astype(np.float32) for name, tensor in params.items()}
 
 
 def apply_delta(start: Mapping[str, Tensor], delta: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,11 +16,11 @@ from clinifed.signing import make_signing_key
 PATIENTS, HELD_OUT = 12, 5
 
 
-def patch_backbone(patch: pytest.MonkeyPatch, *modules: str) -> None:
+def patch_backbone(patch: pytest.MonkeyPatch) -> None:
     """The tiny model takes a second to load: once is enough."""
     tiny = load_backbone("tiny")
-    for name in modules:
-        patch.setattr(f"clinifed.jobs.{name}.load_backbone", lambda ref: tiny)
+    for module in ("jobs.finetune", "models.adaptation"):
+        patch.setattr(f"clinifed.{module}.load_backbone", lambda ref: tiny)
 
 
 def hospital(folder: Path) -> Path:

@@ -15,8 +15,9 @@ from clinifed.errors import ConfigError, ModelError
 from clinifed.executors.flare import SIMULATOR
 from clinifed.executors.trainer import SiteTrainer
 from clinifed.jobs import basis as basis_module
-from clinifed.jobs.baselines import load_part, without_basis
+from clinifed.jobs.baselines import load_part
 from clinifed.jobs.basis import MAX_LOSS, basis_file, planned_basis, with_basis, write_basis
+from clinifed.jobs.card import without_basis
 from clinifed.jobs.evaluate_run import evaluate_run
 from clinifed.jobs.plan import plan_federation
 from clinifed.jobs.prepare import PreparedData, make_site_keys, prepare_data, site_policies

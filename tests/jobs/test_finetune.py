@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tune(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tune:
     """Fine-tune radiology in ``tmp_path/run``."""
-    site.patch_backbone(monkeypatch, "finetune", "evaluate")
+    site.patch_backbone(monkeypatch)
 
     def run(specialty: Any = "radiology", out: str = "run", plan: dict[str, Any] | None = None, **options: Any) -> Any:
         return fine_tune_for_specialty(

@@ -49,7 +49,7 @@ def common(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A global checkpoint that any hospital does better than: each row of its heads is another label's."""
     out = tmp_path_factory.mktemp("global")
     with pytest.MonkeyPatch.context() as patch:
-        site.patch_backbone(patch, "finetune")
+        site.patch_backbone(patch)
         plan = site.federation(folder, privacy="off")
         fine_tune_for_specialty(plan, "alder", ["radiology", "emergency"], out / "run", epochs=1, validation="none")
     made = read_checkpoint(out / "run" / "checkpoint")
@@ -66,7 +66,7 @@ def policy(folder: Path, tmp_path: Path) -> SitePolicy:
 @pytest.fixture
 def own(common: Path, policy: SitePolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Personalise the global checkpoint into ``tmp_path/home/own``."""
-    site.patch_backbone(monkeypatch, "personalise", "evaluate")
+    site.patch_backbone(monkeypatch)
 
     def run(out: str = "own", site_policy: SitePolicy = policy, **options: Any) -> dict[str, Any]:
         return personalise(common, site_policy, tmp_path / "home" / out, **options)
@@ -80,7 +80,7 @@ def made(folder: Path, common: Path, tmp_path_factory: pytest.TempPathFactory) -
     home = tmp_path_factory.mktemp("hospital") / "home"
     policy = site.policy(folder, home)
     with pytest.MonkeyPatch.context() as patch:
-        site.patch_backbone(patch, "personalise")
+        site.patch_backbone(patch)
         return Made(personalise(common, policy, home / "own"), home / "own", policy)
 
 
@@ -121,7 +121,7 @@ def test_the_card_marks_what_is_the_hospitals_and_files_are_the_owners_alone(mad
 
 
 def test_it_can_be_evaluated_and_its_bundle_may_not_leave(made, folder, tmp_path, monkeypatch):
-    site.patch_backbone(monkeypatch, "evaluate", "finetune")
+    site.patch_backbone(monkeypatch)
     out = made.out
     tests = folder / "public" / "test" / "manifest.csv"
     assert set(evaluate_checkpoint(out / "checkpoint", tests, None)["metrics"]) == {"radiology", "emergency"}
@@ -219,7 +219,7 @@ def test_what_cannot_be_judged_or_kept_private_is_refused(own, policy, tmp_path)
 
 
 def test_the_command_tells_what_was_chosen(common, policy, tmp_path, monkeypatch, capsys):
-    site.patch_backbone(monkeypatch, "personalise")
+    site.patch_backbone(monkeypatch)
     path = tmp_path / "policy.yaml"
     path.write_text(yaml.safe_dump(policy.model_dump(mode="json")))
     out = tmp_path / "home" / "own"
