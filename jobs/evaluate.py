@@ -12,7 +12,7 @@ from clinifed.errors import DataError
 from clinifed.evaluation.assessment import MIN_PATIENTS
 from clinifed.evaluation.relinkage import RANKS, linked, recall_at, reports_of
 from clinifed.evaluation.scoring import scores_of
-from clinifed.executors.features import SitePatients, patient_tensors
+from clinifed.executors.features import SitePatients, patient_tensors, site_manifest
 from clinifed.jobs.comparison import HOLDOUT, PUBLIC_TEST, compare, judge
 from clinifed.load import read_yaml, validate
 from clinifed.models.adaptation import base_of, card_specialties
@@ -74,9 +74,10 @@ def evaluate_at_site(
 
     Guarantees:
         - Nothing is written but the site's own cache of embeddings, and nothing is sent.
+        - No image of a patient who withdrew is read.
     """
     policy = validate(SitePolicy, read_yaml(policy_file), str(policy_file))
-    manifest = read_manifest(policy.manifest)
+    manifest = site_manifest(policy)
     if not any(record.split == "holdout" for record in manifest.records):
         raise DataError(
             f"{policy.manifest}: no patient is held out; `clinifed data index --holdout SHARE` makes a manifest in "

@@ -11,12 +11,13 @@ import yaml
 from rich.console import Console
 
 from clinifed.aggregators.checkpoint import write_checkpoint
-from clinifed.data.manifest import write_manifest
+from clinifed.data.manifest import read_manifest, write_manifest
 from clinifed.errors import DataError
 from clinifed.jobs.baselines import load_part
 from clinifed.jobs.evaluate import STAYS, UNCHANGED, evaluate_at_site, evaluate_checkpoint
 from clinifed.jobs.report_comparison import comparison_tables, relinkage_tables
 from clinifed.policy import SitePolicy
+from clinifed.privacy.withdrawn import Withdrawn
 
 from .studied import Studied, held_out
 
@@ -78,6 +79,17 @@ def test_a_hospital_s_own_report_is_of_its_held_out_patients_and_says_that_it_st
     assert json.loads(json.dumps(report)) == report
     said = json.dumps(report)
     assert not [r for r in records if r.patient in said or r.image in said]
+
+
+def test_no_image_of_a_patient_who_withdrew_is_read(studied, checkpoint, hospital, tmp_path):
+    path, policy = hospital
+    policy = policy.model_copy(update={"ledger": tmp_path / "ledger.jsonl"})  # the list lies beside it
+    path.write_text(yaml.safe_dump(policy.model_dump(mode="json")))
+    records = [r for r in read_manifest(policy.manifest).records if r.split == "holdout"]
+    Withdrawn.of(policy).add(records[0].patient)
+    for row in evaluate_at_site(checkpoint, path, None, minimum=1)["comparison"]:
+        mine = {r.patient for r in records if r.specialty == row["specialty"]}
+        assert row["patients"] == len(mine - {records[0].patient})
 
 
 def test_nothing_is_written_but_the_site_s_own_cache_of_embeddings(checkpoint, hospital, tmp_path):
