@@ -1,7 +1,9 @@
 """A process that forks writers of one ledger, kills them at random moments, and starts them again.
 
 ``python writers.py FOLDER WRITERS KILLS``. The writers run the real :class:`clinifed.executors.release.Releases`; what
-they send is a line of ``sent.log``. Forking saves the imports, which would take longer than everything else.
+they send is a line of ``sent.log``. A budget that is spent before the last kill, as on a fast machine, is followed by
+another ledger, each in a folder of its own below FOLDER. Forking saves the imports, which would take longer than
+everything else.
 """
 
 import os
@@ -25,7 +27,7 @@ from clinifed.privacy.ledger import Ledger
 from clinifed.privacy.outbox import pack
 from clinifed.signing import make_signing_key
 
-ROUNDS, RESERVE, SIGMA = 6, 2, 190.0  # a budget that outlasts the kills on a busy machine, too
+ROUNDS, RESERVE, SIGMA = 6, 2, 60.0  # some jobs to a budget, so that several are spent
 CONTRACT = Contract(
     federation="killed",
     clinifed_version="0",
@@ -106,25 +108,34 @@ def fork(folder: Path, writer: int, generation: int) -> int:
     return child
 
 
-def main() -> None:
-    folder, writers, kills = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+def disturb(folder: Path, writers: int, kills: int, dice: random.Random) -> int:
+    """Kill writers of one ledger, at most ``kills`` times, until its budget is spent; returns the number of kills."""
+    folder.mkdir()
     make_signing_key(folder / "signing.key")
     Ledger.of(policy(folder)).create()
-    dice, done = random.Random(), 0
-    running = {writer: fork(folder, writer, 0) for writer in range(writers)}
+    done, running = 0, {writer: fork(folder, writer, 0) for writer in range(writers)}
     while done < kills and running:
         time.sleep(dice.uniform(0, 0.08) / len(running))
         writer = dice.choice(sorted(running))
         os.kill(running[writer], signal.SIGKILL)
         _, status = os.waitpid(running.pop(writer), 0)
-        if os.WIFEXITED(status):  # before the signal came: it had spent the budget, or failed
-            if os.WEXITSTATUS(status):
-                break
-            continue
-        done += 1
-        running[writer] = fork(folder, writer, done)
-    for child in running.values():
+        if os.WIFSIGNALED(status):  # else it had spent the budget before the signal came, or failed
+            done += 1
+            running[writer] = fork(folder, writer, done)
+        elif os.WEXITSTATUS(status):
+            break
+    for child in running.values():  # the last ones spend what is left
         os.waitpid(child, 0)
+    return done
+
+
+def main() -> None:
+    home, writers, kills = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    dice, done = random.Random(), 0
+    for number in range(kills):  # a ledger that allows no kill at all would show nothing
+        if done == kills or list(home.rglob("failed.log")):
+            break
+        done += disturb(home / f"ledger-{number}", writers, kills - done, dice)
     sys.stdout.write(str(done))
 
 

@@ -195,9 +195,9 @@ class LiveFederation:
 
     def check(self, outcome: Outcome) -> None:
         """The invariants: every release was charged, the aggregate is that of the accepted updates, nothing is left."""
+        self.check_no_orphans()  # first: a site hears of the run's end a moment after the coordinator
         self.check_ledgers(outcome)
         self.check_aggregate(outcome)
-        self.check_no_orphans()
 
     def check_ledgers(self, outcome: Outcome) -> None:
         if outcome.contract.promise.mode == "off":
