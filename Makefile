@@ -56,6 +56,8 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/throughput.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/learning.py
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/overhead.py
 
 docs-check: $(INSTALLED)
 	$(BIN)/python -m pytest tests/test_cli.py tests/test_docs.py tests/test_layout.py tests/test_load.py

@@ -1,5 +1,6 @@
 """Checks of the machine: model files, room for the embeddings, memory, GPU, and who may read what."""
 
+import math
 import os
 import shutil
 import warnings
@@ -8,12 +9,15 @@ from pathlib import Path
 
 import psutil
 
+from clinifed.config import Training
 from clinifed.data.series import chosen_slices, frames_of
 from clinifed.data.volumes import KEY_FRAME
 from clinifed.errors import ClinifedError
 from clinifed.jobs.data_checks_share import Shared
 from clinifed.jobs.data_checks_site import Finding, Level, SiteUnderCheck
+from clinifed.models.basis import read_basis
 from clinifed.models.shards import LIMIT_BYTES, row_bytes
+from clinifed.models.trunk import Projection, build_trunk
 
 __all__ = ["cache_room", "gpu", "memory", "model_files", "permissions"]
 
@@ -23,7 +27,7 @@ _PROCESS_BYTES = 1 << 30  # of Python, torch and the readers of images, measured
 
 
 def model_files(site: SiteUnderCheck) -> Finding:
-    """The base model is loaded, and its weights hash to what was agreed."""
+    """The base model is loaded, and its weights hash to what was agreed; so does the basis that heads train in."""
     if site.model_ref is None:
         return Finding(
             "WARN",
@@ -40,23 +44,29 @@ def model_files(site: SiteUnderCheck) -> Finding:
     if backbone.sha256 != site.agreed.base_model.sha256:
         says.append(f"the contract wants {site.agreed.base_model.sha256}")
         return Finding("FAIL", tuple(says), "install the same weights", Shared(("base model is another one",)))
+    if (basis := site.agreed.base_model.basis_sha256) is not None and site.policy is not None:
+        if site.policy.basis is None:
+            said = (*says, f"the contract's heads train in basis {basis}, and the policy names none")
+            remedy = "install its file, and name it under `basis` in the policy"
+            return Finding("FAIL", said, remedy, Shared(("no basis is named",)))
+        read_basis(site.policy.basis, basis)
+        says.append(f"basis {basis}")
     return Finding("PASS", (*says, "as the contract says"), "", Shared(("base model is as the contract says",)))
 
 
 def _features(site: SiteUnderCheck) -> int:
-    """F, the numbers of one row: before the projection where that trains, else behind it."""
+    """F, the numbers that are kept of one image: what the trunk that trains reads."""
     try:
         backbone = site.backbone
-    except ClinifedError:
-        backbone = None
-    if backbone is None:
+        trunk = None if backbone is None else build_trunk(backbone, site.training or Training())
+    except ClinifedError:  # told by its own check
         return _FEATURES
-    linear = getattr(getattr(backbone.model.visual, "head", None), "proj", None)
-    if linear is None or not hasattr(linear, "in_features"):
-        return _FEATURES
-    return int(
-        linear.in_features if site.training is not None and site.training.train == "projection" else linear.out_features
-    )
+    if isinstance(trunk, Projection):
+        return trunk.projection.in_features
+    if trunk is not None and trunk.shape:
+        return math.prod(trunk.shape)
+    linear = None if backbone is None else getattr(getattr(backbone.model.visual, "head", None), "proj", None)
+    return int(getattr(linear, "out_features", _FEATURES))
 
 
 def _rows(site: SiteUnderCheck) -> int:

@@ -174,12 +174,13 @@ class SiteUnderCheck:
 
     @cached_property
     def contract(self) -> Contract | None:
-        """As agreed, or as the configuration would make it; None where neither is known."""
+        """As agreed, or as the configuration would make it, but for a basis; None where neither is known."""
         if self.agreed is not None or self.federation is None or self.backbone is None:
             return self.agreed
+        from clinifed.jobs.basis import planned_basis
         from clinifed.jobs.recipe import build_contract
 
-        return build_contract(self.federation, self.backbone)
+        return build_contract(self.federation, planned_basis(self.federation, self.backbone))
 
     @cached_property
     def sampled(self) -> list[Record]:

@@ -15,7 +15,17 @@ from clinifed.config import Federation
 from clinifed.errors import ConfigError, PrivacyError
 from clinifed.executors.trainer import SiteTrainer
 from clinifed.files import canonical_json, sha256_of, write_json
-from clinifed.jobs.finetune_plan import LOCAL, Validation, choose_validation, prepare_site, single_site, site_keys
+from clinifed.jobs.basis import with_basis
+from clinifed.jobs.card import without_basis
+from clinifed.jobs.finetune_plan import (
+    LOCAL,
+    Validation,
+    choose_validation,
+    prepare_site,
+    single_site,
+    site_keys,
+    with_site_basis,
+)
 from clinifed.jobs.finetune_run import CHECKPOINT, REPORT, FineTuningRun, Params
 from clinifed.jobs.recipe import build_contract
 from clinifed.models.adaptation import ALIKE, Start, start_from
@@ -97,11 +107,13 @@ def fine_tune_for_specialty(
     source = None if start is None else _public_start(read_checkpoint(start))
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
+    federation = with_site_basis(federation, policy)
+    backbone = with_basis(federation, backbone, out, progress)
     contract = build_contract(plan, backbone, site_keys(plan, out, policy))
-    part = build_trainable(backbone, contract.specialties, contract.training)
-    begun = Start(part.shared())
+    plain = without_basis(contract).training  # what lies on the disk reads the embedding itself
+    begun = Start(build_trainable(backbone, contract.specialties, plain).shared())
     if source is not None:
-        begun = start_from(source, backbone, contract.specialties, contract.training, from_specialty, alike)
+        begun = start_from(source, backbone, contract.specialties, plain, from_specialty, alike)
     run = _take_up(out, contract.sha256(), begun.params, validation, patience)
     if (out / CHECKPOINT).exists():
         report: dict[str, Any] = json.loads((out / REPORT).read_text(encoding="utf-8"))
@@ -111,7 +123,8 @@ def fine_tune_for_specialty(
     if patience is not None and judges.manifest is None:
         raise ConfigError(f"patience={patience}: there is no validation set to stop by; give data.public")
     progress(f"{site}: {', '.join(names)}, {contract.rounds} epochs, contract {contract.sha256()}")
-    trainer = SiteTrainer(contract, prepared.policy, run, LOCAL, backbone, begun.params)
+    inside = backbone.basis.heads(begun.params) if backbone.basis else begun.params
+    trainer = SiteTrainer(contract, prepared.policy, run, LOCAL, backbone, inside)
     return FineTuningRun(trainer, backbone, prepared, judges, source, begun, out, patience, progress).finish()
 
 

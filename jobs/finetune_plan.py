@@ -10,6 +10,7 @@ from clinifed.config import Federation
 from clinifed.contract import Contract
 from clinifed.data.manifest import Manifest, read_manifest, without_patients
 from clinifed.errors import ConfigError, DataError
+from clinifed.jobs.basis import basis_file
 from clinifed.jobs.prepare import make_site_keys, prepare_data, prepare_public, site_policies
 from clinifed.load import validate
 from clinifed.policy import SitePolicy
@@ -25,6 +26,7 @@ __all__ = [
     "prepare_site",
     "single_site",
     "site_keys",
+    "with_site_basis",
 ]
 
 LOCAL: Final = "local"  # who submits a job that the site runs by itself; its policy names it among the coordinators
@@ -96,6 +98,13 @@ def site_keys(plan: Federation, out: Path, policy: SitePolicy | None) -> dict[st
     return {name: public_key(read_signing_key(policy.signing_key)) for name in plan.sites}
 
 
+def with_site_basis(federation: Federation, policy: SitePolicy | None) -> Federation:
+    """``federation`` with the basis that the site's own policy names, where its heads train in one."""
+    if policy is None or policy.basis is None or federation.training.basis == "none":
+        return federation
+    return federation.model_copy(update={"model": federation.model.model_copy(update={"basis": policy.basis})})
+
+
 def prepare_site(
     federation: Federation,
     plan: Federation,
@@ -116,15 +125,17 @@ def prepare_site(
         DataError, LedgerError: as :func:`clinifed.jobs.prepare.prepare_data` and ``site_policies``.
     """
     (site,) = plan.sites
+    basis = basis_file(federation, out)  # the contract, which the policy permits by its hash, names it by its own
     if policy is not None:
         if policy.site != site:
             raise ConfigError(f"--policy: it is the policy of site {policy.site!r}, not of {site!r}")
         public = prepare_public(federation, out / _DATA, progress)
+        policy = policy.model_copy(update={"basis": basis})
         return PreparedSite(policy, read_manifest(policy.manifest), public.validation, public.test)
     # The site with all its specialties: its manifest is the federation's, whatever is fine-tuned.
     alone = federation.model_copy(update={"sites": {site: federation.sites[site]}})
     data = prepare_data(alone, out / _DATA, progress, federation)
-    made = site_policies(plan, data, out, contract, (LOCAL,))[site]
+    made = site_policies(plan, data, out, contract, (LOCAL,), basis)[site]
     return PreparedSite(made, data.sites[site], data.validation, data.test)
 
 

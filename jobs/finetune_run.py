@@ -16,7 +16,7 @@ from clinifed.evaluation.stopping import Figures, Watch
 from clinifed.executors.features import patient_tensors
 from clinifed.executors.trainer import SiteTrainer
 from clinifed.files import write_json
-from clinifed.jobs.card import agreed_card, public_paths
+from clinifed.jobs.card import agreed_card, public_paths, without_basis
 from clinifed.jobs.finetune_card import claim_of, started_from
 from clinifed.jobs.finetune_plan import PreparedSite, ValidationSet
 from clinifed.models.adaptation import Start
@@ -32,7 +32,10 @@ Params = dict[str, Tensor]
 
 
 class FineTuningRun:
-    """The epochs of one fine-tuning, each a checkpoint, and the one that is kept."""
+    """The epochs of one fine-tuning, each a checkpoint, and the one that is kept.
+
+    States, and what is written of them, read the embedding itself; the trainer's may be those of a basis.
+    """
 
     def __init__(
         self,
@@ -49,12 +52,13 @@ class FineTuningRun:
         self.trainer, self.backbone, self.prepared, self.judges = trainer, backbone, prepared, judges
         self.source, self.begun, self.out, self.progress = source, begun, out, progress
         self.names = sorted(trainer.contract.specialties)
+        self.training = without_basis(trainer.contract).training
         self.watch, self.lost, self.declared = Watch(patience), list[int](), dict[str, Any]()
         self.judged = None if judges.manifest is None else self._features(judges.manifest, self.names, judges.split)
 
     def finish(self) -> dict[str, Any]:
         """Do the epochs that are not done, choose one, and write report and checkpoint."""
-        state, done = self.trainer.start, 0
+        state, done = self.begun.params, 0
         self._look(state)
         for number in range(1, self.trainer.contract.rounds + 1):
             if self.watch.stops:
@@ -69,7 +73,7 @@ class FineTuningRun:
             self._look(state)
         self.trainer.releases.finish()
         chosen = done if self.judged is None else self.watch.best
-        params = self.trainer.start if chosen == 0 else read_checkpoint(self._epoch(chosen)).params
+        params = self.begun.params if chosen == 0 else read_checkpoint(self._epoch(chosen)).params
         card = {**self._card(self.out / CHECKPOINT, chosen, done), "evaluation": self._evaluation(params)}
         report = {
             **card["fine_tuned"],
@@ -89,8 +93,9 @@ class FineTuningRun:
 
     def _step(self, number: int, state: Params) -> Params:
         """One released step from ``state``; a step whose charge a crash lost changes nothing."""
-        trainer = self.trainer
-        delta = {name: state[name] - trainer.start[name] for name in state}
+        trainer, basis = self.trainer, self.backbone.basis
+        began = basis.heads(state) if basis else state
+        delta = {name: began[name] - trainer.start[name] for name in began}
         try:
             update = trainer.train(number - 1, delta)
         except BudgetExceededError:
@@ -100,7 +105,8 @@ class FineTuningRun:
             self.lost = [*self.lost, number]
             return state
         self.declared = dict(update.meta.get("declared", self.declared))
-        return {name: state[name] + torch.from_numpy(update.params[name]) for name in state}
+        ended = {name: began[name] + torch.from_numpy(update.params[name]) for name in began}
+        return basis.folded(ended) if basis else ended
 
     def _charged(self, round_number: int) -> bool:
         """Whether the ledger holds a charge of this round: then its release was lost, and cannot be paid again."""
@@ -114,7 +120,7 @@ class FineTuningRun:
         if self.judged is None:
             return
         contract = self.trainer.contract
-        part = build_trainable(self.backbone, contract.specialties, contract.training, state)
+        part = build_trainable(self.backbone, contract.specialties, self.training, state)
         scores = score_part(part, self.judged, self.names, self.trainer.objective)
         loss = mean_loss(part, self.judged, self.trainer.objective, contract.training.batch_size)
         mean = float(np.mean([s.balanced_accuracy for s in scores.values()]))
@@ -123,7 +129,7 @@ class FineTuningRun:
 
     def _features(self, manifest: Manifest, names: Sequence[str], split: str | None) -> PatientTensors:
         contract = self.trainer.contract
-        part = build_trainable(self.backbone, contract.specialties, contract.training)
+        part = build_trainable(self.backbone, contract.specialties, self.training)
         return patient_tensors(
             GlobalModel(self.backbone, part).eval(),
             self.backbone,
@@ -142,10 +148,10 @@ class FineTuningRun:
         if test is None or not tested:
             return None
         public = self._features(test, tested, None)
-        states = {"zero_shot": None, "start": self.trainer.start, "fine_tuned": params}
+        states = {"zero_shot": None, "start": self.begun.params, "fine_tuned": params}
         found: dict[str, dict[str, Any]] = {name: {} for name in tested}
         for key, state in states.items():
-            part = build_trainable(self.backbone, contract.specialties, contract.training, state)
+            part = build_trainable(self.backbone, contract.specialties, self.training, state)
             for name in set(self.names) - set(tested):
                 del part.heads[name]
             for name, scores in score_part(part, public, tested, self.trainer.objective).items():

@@ -24,6 +24,7 @@ from clinifed.jobs.kit_checks import (
     writable,
 )
 from clinifed.jobs.kit_flare import Outcome, flare_check
+from clinifed.models.basis import read_basis
 from clinifed.policy import POLICY_FOLDER, SitePolicy, find_policy
 from clinifed.privacy.accountant import epsilon_of
 from clinifed.privacy.ledger import Ledger
@@ -51,7 +52,7 @@ CHECKS: dict[str, tuple[tuple[Role, ...], Check]] = {
     "storage inside the kit, and writable": (_BOTH, storage_is_inside),
 }
 FLARE_CHECK = "nvflare preflight-check"
-_POLICY_CHECK = "policy, ledger, manifest, key"
+_POLICY_CHECK = "policy, ledger, manifest, key, basis"
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,8 @@ def _site(kit: Kit, problems: list[str], notes: list[str]) -> None:
     notes.extend(f"accepts jobs of {name}" for name in policy.coordinators)
     attempt(lambda: f"manifest: {len(read_manifest(policy.manifest).records)} images")
     attempt(lambda: _ledger(policy))
+    if (basis := policy.basis) is not None:
+        attempt(lambda: f"basis {read_basis(basis).sha256()}")
     attempt(lambda: f"signs as {public_key(read_signing_key(policy.signing_key))}")
     for key in ("ledger", "cache", "diary"):
         problems.extend(f"{path}:{key}: {problem}" for problem in writable(getattr(policy, key).parent))

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pydicom.uid import generate_uid
 
 from clinifed.errors import ConfigError
 from clinifed.jobs.data_check import CHECKS, data_check, site_under_check
 from clinifed.models import backbone
+from clinifed.models.basis import Basis
+from clinifed.models.shards import row_bytes
 
 from .checked_site import Site, dicom, level, load_once, pixels, record, says
 
@@ -261,6 +264,30 @@ def test_another_base_model_than_agreed_fails_and_the_agreed_one_passes(site: Si
     found = data_check(site_under_check(policy, contract=agreed))
     assert level(found, "base model") == "FAIL"
     assert f"the contract wants {'f' * 64}" in says(found, "base model")
+
+
+@pytest.mark.parametrize("held", ["agreed", "other", "none"])
+def test_a_site_holds_the_basis_that_was_agreed_or_fails(site: Site, tmp_path: Path, held: str) -> None:
+    basis = Basis(torch.zeros(64), torch.eye(64))
+    site.federation |= {"training": {"basis": "centre"}}
+    policy, federation = site.write()
+    contract = site_under_check(policy, federation=federation).contract
+    agreed, installed = tmp_path / "contract.json", tmp_path / "basis.safetensors"
+    named = contract.base_model.model_copy(update={"basis_sha256": basis.sha256()})
+    agreed.write_text(contract.model_copy(update={"base_model": named}).text())
+    installed.write_bytes((basis if held == "agreed" else Basis(torch.ones(64), torch.eye(64))).content())
+    site.settings |= {} if held == "none" else {"basis": str(installed)}
+    found = data_check(site_under_check(site.write()[0], contract=agreed))
+    assert level(found, "base model") == ("PASS" if held == "agreed" else "FAIL")
+    assert basis.sha256() in says(found, "base model")
+
+
+@pytest.mark.parametrize(
+    ("train", "numbers"), [("heads", 64), ("projection", 64), ("lora", 101 * 64), ("blocks", 101 * 64)]
+)
+def test_the_cache_has_room_for_what_the_trunk_that_trains_reads(site: Site, train: str, numbers: int) -> None:
+    site.federation |= {"training": {"train": train, "blocks": 1}}
+    assert f"rows of {row_bytes(numbers):,} bytes" in says(site.check(), "embedding cache")
 
 
 def test_a_model_that_cannot_be_loaded_fails_alone(site: Site) -> None:

@@ -21,9 +21,11 @@ from clinifed.evaluation.metrics import Scores
 from clinifed.executors import trainer
 from clinifed.files import read_lines
 from clinifed.jobs import finetune_run
+from clinifed.jobs.basis import BASIS_FILE
 from clinifed.jobs.evaluate import evaluate_checkpoint
 from clinifed.jobs.finetune import fine_tune_for_specialty
 from clinifed.models.backbone import load_backbone
+from clinifed.models.basis import read_basis
 from clinifed.models.heads import zero_shot_heads
 from clinifed.models.specialties import SPECIALTIES
 from clinifed.models.state import read_checkpoint
@@ -63,6 +65,7 @@ def kinds(path: Path) -> list[str]:
 
 
 OFF = {"privacy": "off"}
+CENTRED = {"training": {"basis": "centre", "learning_rate": 20.0}}
 
 
 def test_every_epoch_is_charged_before_its_release_and_the_checkpoint_can_be_evaluated(tune, tmp_path, folder):
@@ -116,8 +119,9 @@ def test_the_sites_own_holdout_may_choose_where_privacy_is_off(tune):
     assert len(report["history"]) == 3
 
 
-def test_a_killed_run_that_goes_on_ends_with_the_parameters_of_one_that_was_not(tune, tmp_path, monkeypatch):
-    whole = tune(plan=OFF, out="whole")
+@pytest.mark.parametrize("plan", [OFF, {**OFF, **CENTRED}], ids=["as it is", "in a basis"])
+def test_a_killed_run_that_goes_on_ends_with_the_parameters_of_one_that_was_not(tune, tmp_path, monkeypatch, plan):
+    whole = tune(plan=plan, out="whole")
     write, number = finetune_run.write_checkpoint, 0
 
     def dies(path: Path, *arguments: object) -> None:
@@ -130,8 +134,8 @@ def test_a_killed_run_that_goes_on_ends_with_the_parameters_of_one_that_was_not(
     monkeypatch.setattr(finetune_run, "write_checkpoint", dies)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            tune(plan=OFF)
-    assert tune(plan=OFF)["history"] == whole["history"]
+            tune(plan=plan)
+    assert tune(plan=plan)["history"] == whole["history"]
     for name in ("checkpoint", "epochs/0001", "epochs/0002", "epochs/0003"):
         one, other = (read_checkpoint(tmp_path / out / name).params for out in ("whole", "run"))
         assert all(torch.equal(one[key], other[key]) for key in one)
@@ -171,6 +175,35 @@ def test_a_hospitals_own_policy_must_approve_the_contract_and_its_ledger_pays(tu
     stranger = approved.model_copy(update={"coordinators": ("simulator",)})
     with pytest.raises(PrivacyError, match="coordinator 'local'"):
         tune(policy=stranger, epochs=1, out="third")
+
+
+def test_heads_that_train_in_a_basis_are_written_without_it(tune, folder, tmp_path):
+    plain = tune(plan=OFF, out="plain", validation="none")
+    report = tune(plan={**OFF, **CENTRED}, validation="none")
+    first = read_checkpoint(tmp_path / "run" / "epochs" / "0001")
+    assert first.card["training"]["basis"] == "none"
+    assert {name: tuple(t.shape) for name, t in first.params.items()} == {
+        name: tuple(t.shape) for name, t in read_checkpoint(tmp_path / "plain" / "checkpoint").params.items()
+    }
+    found = evaluate_checkpoint(tmp_path / "run" / "checkpoint", folder / "public" / "test" / "manifest.csv", None)
+    scores = report["evaluation"]["metrics"]["radiology"]
+    assert scores["fine_tuned"]["balanced_accuracy"] == found["metrics"]["radiology"]["federated"]["balanced_accuracy"]
+    assert scores["start"] == plain["evaluation"]["metrics"]["radiology"]["start"]
+    begun = tune(plan={**OFF, **CENTRED}, out="next", start=tmp_path / "run" / "checkpoint", validation="none")
+    assert begun["evaluation"]["metrics"]["radiology"]["start"] == scores["fine_tuned"]
+
+
+def test_a_hospitals_own_policy_names_the_basis(tune, folder, tmp_path):
+    tune(plan=CENTRED, out="first", epochs=1)
+    basis = tmp_path / "first" / BASIS_FILE
+    policy = site.policy(folder, tmp_path / "home", basis=basis)
+    with pytest.raises(PrivacyError, match="not among approved_contracts") as caught:
+        tune(plan=CENTRED, policy=policy, epochs=1)
+    approved = policy.model_copy(update={"approved_contracts": (str(caught.value).split()[1],)})
+    tune(plan=CENTRED, policy=approved, epochs=1)
+    assert not (tmp_path / "run" / BASIS_FILE).exists()
+    card = read_checkpoint(tmp_path / "run" / "checkpoint").card
+    assert card["base_model"]["basis_sha256"] == read_basis(basis).sha256()
 
 
 def test_what_begins_with_a_checkpoint_says_so_and_its_jobs_are_found(tune, tmp_path):

@@ -261,7 +261,12 @@ def test_a_site_s_own_defects_are_said_at_once(kits: dict[str, Path], tmp_path: 
     kit = tmp_path / "alder"
     shutil.copytree(kits["alder"], kit)
     policy = fill_in(
-        kit, tmp_path / "secure", approved_contracts=(), coordinators=(), cache=tmp_path / "nowhere" / "cache"
+        kit,
+        tmp_path / "secure",
+        approved_contracts=(),
+        coordinators=(),
+        cache=tmp_path / "nowhere" / "cache",
+        basis=tmp_path / "basis.safetensors",
     )
     policy.signing_key.chmod(0o644)
     policy.manifest.unlink()
@@ -274,6 +279,7 @@ def test_a_site_s_own_defects_are_said_at_once(kits: dict[str, Path], tmp_path: 
         "signing.key: a signing key must be readable by its owner alone",
         str(policy.manifest),
         str(policy.ledger),
+        "basis.safetensors: cannot be read as a basis",
     ):
         assert expected in said
 
