@@ -5,7 +5,8 @@ one gradient over the trunk and all heads before the clip, and removing a patien
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from clinifed.errors import DataError, PrivacyError
 from clinifed.privacy.noise import NoiseSource, to_grid
 from clinifed.privacy.objectives import Objective
-from clinifed.privacy.patient_gradients import Groups, PatientGradient, PatientGradients
+from clinifed.privacy.patient_gradients import Parameters, PatientGradients
+from clinifed.privacy.patient_means import Groups, PatientGradient
 from clinifed.privacy.patients import Mechanism, PatientTensors, physical_batches, rows_per_batch
 from clinifed.privacy.soundness import refuse_other_data, refuse_unsound
 
@@ -32,6 +34,8 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+_TOGETHER = 1 << 18  # numbers that are noised at a time: 10 MB of working memory
+
 
 class PatientDPOptimizer(DPOptimizer):
     """Opacus' optimiser with the patient as the unit.
@@ -43,7 +47,7 @@ class PatientDPOptimizer(DPOptimizer):
         - A patient whose gradient is not finite contributes zero, which depends on that patient alone.
     """
 
-    gradients: Sequence[PatientGradient] = ()  # of the current physical batch, one for each of ``params``
+    gradients: Sequence[tuple[Parameters, PatientGradient]] = ()  # of the current physical batch, all of ``params``
 
     def __init__(self, optimizer: torch.optim.Optimizer, mechanism: Mechanism) -> None:
         super().__init__(
@@ -56,35 +60,49 @@ class PatientDPOptimizer(DPOptimizer):
         self.skipped = 0  # patients whose gradient was not finite; stays at the site
 
     @property
-    def grad_samples(self) -> Sequence[PatientGradient]:
+    def grad_samples(self) -> Sequence[object]:
         """What Opacus keeps per image is here per patient; Opacus asks only whether there is any."""
         return self.gradients
 
     def clip_and_accumulate(self) -> None:
         """One clip per patient over all parameters, and the sum into ``summed_grad``."""
-        squares = [gradient.squared_norms() for gradient in self.gradients]
+        squares = [gradient.squared_norms() for _, gradient in self.gradients]
         norms = torch.stack(squares).sum(dim=0).sqrt()  # (P,)
         finite = torch.isfinite(norms)
         self.skipped += int((~finite).sum())
         # 1e-6: as Opacus; it only ever makes the factor smaller.
         factor = torch.where(finite, (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0), 0.0)
-        for parameter, gradient in zip(self.params, self.gradients, strict=True):
-            clipped = gradient.clipped_sum(factor)
-            parameter.summed_grad = clipped if parameter.summed_grad is None else parameter.summed_grad.add_(clipped)
+        for parameters, gradient in self.gradients:
+            for p, clipped in zip(parameters, gradient.clipped_sums(factor), strict=True):
+                p.summed_grad = clipped if p.summed_grad is None else p.summed_grad.add_(clipped)
 
     def add_noise(self) -> None:
         """Clipped sum + N(0, σ²C²), in float64, rounded to the grid; one fresh key for the whole release."""
         source = NoiseSource()
         std = self.noise_multiplier * self.max_grad_norm
-        for parameter in self.params:
-            noise = source.standard_normal(tuple(parameter.shape))
-            noised = to_grid(parameter.summed_grad.double().cpu().numpy() + std * noise, self.max_grad_norm)
-            parameter.grad = torch.from_numpy(noised.astype(np.float32)).view_as(parameter).to(parameter.device)
+        for some in _in_parts(self.params):
+            clipped = torch.cat([p.summed_grad.flatten() for p in some]).double().cpu().numpy()
+            noised = to_grid(clipped + std * source.standard_normal(clipped.shape), self.max_grad_norm)
+            released = torch.from_numpy(noised.astype(np.float32)).to(some[0].device)
+            for p, part in zip(some, released.split([p.numel() for p in some]), strict=True):
+                p.grad = part.view_as(p)
 
     def scale_grad(self) -> None:
         """Divide by the public N₀ (Opacus would divide by numbers derived from the private one)."""
         for parameter in self.params:
             parameter.grad /= self.expected_batch_size
+
+
+def _in_parts(parameters: Iterable[Any]) -> Iterator[list[Any]]:
+    """Parameters together up to _TOGETHER numbers: a call for each small one would cost more than its noise."""
+    some: list[Any] = []
+    for parameter in parameters:
+        if some and sum(p.numel() for p in some) + parameter.numel() > _TOGETHER:
+            yield some
+            some = []
+        some.append(parameter)
+    if some:
+        yield some
 
 
 def private_step(

@@ -41,8 +41,9 @@ class PatientTensors:
             raise PrivacyError(f"tensors of patients have different lengths: {lengths}; give one row per image")
         if any(vars(self)[name].dtype != torch.int64 for name in ("patient", "specialty", "label")):
             raise PrivacyError("patient, specialty and label must be int64")
-        steps = torch.diff(self.patient, prepend=torch.tensor([0]))  # 0 within a patient, 1 to the next one
-        if len(steps) and (int(self.patient[0]) != 0 or int(steps.min()) < 0 or int(steps.max()) > 1):
+        steps = torch.diff(self.patient)  # 0 within a patient, 1 to the next one
+        least, most = map(int, steps.aminmax()) if len(steps) else (0, 0)
+        if len(self.patient) and (int(self.patient[0]) != 0 or least < 0 or most > 1):
             raise PrivacyError(
                 "the numbers of the patients do not rise from 0 without gaps: the images of a patient must stand "
                 "together, or each run of them would be clipped by itself; sort by patient and number anew"
@@ -90,6 +91,9 @@ def rows_per_batch(data: PatientTensors, batch_size: int) -> int:
 
 def physical_batches(patient: Tensor, batch_size: int) -> Iterator[slice]:
     """Row ranges of at most ``batch_size`` images that never split a patient (unless alone larger than that)."""
+    if 0 < len(patient) <= batch_size:
+        yield slice(0, len(patient))
+        return
     ends = [*(torch.nonzero(torch.diff(patient)).flatten() + 1).tolist(), len(patient)] if len(patient) else []
     start = previous = 0
     for end in ends:

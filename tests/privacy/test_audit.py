@@ -19,7 +19,8 @@ from clinifed.privacy.audit_one_run import epsilon_lower_bound, epsilon_proved, 
 from clinifed.privacy.engine import Mechanism, PatientDPOptimizer
 from clinifed.privacy.noise import NoiseSource
 from clinifed.privacy.objectives import OBJECTIVES
-from clinifed.privacy.patient_gradients import Groups, PatientGradients
+from clinifed.privacy.patient_gradients import PatientGradients
+from clinifed.privacy.patient_means import Groups
 from clinifed.privacy.self_test import self_test
 
 DELTA, RELEASES, SEEDS = 1e-5, 50, range(5)
@@ -97,7 +98,7 @@ class TestNoiseRuler:
     def test_it_fails_with_another_denominator(self, monkeypatch):
         def true_number(self):
             for parameter in self.params:
-                parameter.grad.div_(len(self.gradients[0].squared_norms()))
+                parameter.grad.div_(len(self.gradients[0][1].squared_norms()))
 
         monkeypatch.setattr(PatientDPOptimizer, "scale_grad", true_number)
         assert not noise_ruler(PLANNED).passed

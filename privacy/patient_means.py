@@ -1,0 +1,140 @@
+"""The gradients of patients for parameters, written out, or as the outer products that they are sums of.
+
+Of a linear layer that sees one row per image, the gradient of a patient is a sum of outer products: its norm follows
+from the products of the rows alone (Goodfellow, arXiv 1510.01799; Li et al., arXiv 2110.05679), and the clipped sum
+over all patients is one product of matrices (Bu et al., arXiv 2210.00038). So it is never formed. Those works take the
+gradient of one image; the norm of a patient's mean needs the products between the patient's images as well.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+__all__ = ["Formed", "Groups", "Outer", "PatientGradient"]
+
+_SURE = 0.1  # of what was added up; a float32 sum that is left with less is made anew in float64
+
+
+class Groups:
+    """Which rows of a physical batch are whose.
+
+    Args:
+        patient: (R,) int64, the patient of each row, 0 … P-1, non-decreasing.
+    """
+
+    def __init__(self, patient: Tensor) -> None:
+        self.patient = patient
+        self.images = torch.bincount(patient)  # (P,)
+
+    @cached_property
+    def _by_size(self) -> list[tuple[Tensor, Tensor]]:
+        """(numbers of the patients (P',), rows of their images (P', m)), for each number m of images that occurs.
+
+        Empty where all patients have as many: then rows need no picking.
+        """
+        least, most = self.images.aminmax()
+        if least == most:
+            return []
+        first = torch.cumsum(self.images, dim=0) - self.images
+        found = []
+        for images in torch.unique(self.images).tolist():
+            patients = torch.nonzero(self.images == images).flatten()
+            found.append((patients, first[patients].unsqueeze(1) + torch.arange(images, device=patients.device)))
+        return found
+
+    def split(self, rows: Tensor) -> Iterator[Tensor]:
+        """Rows (R, …) → (P', m, …) for each number m of images that occurs."""
+        if not self._by_size:
+            yield rows.reshape(len(self.images), -1, *rows.shape[1:])
+        for _, numbers in self._by_size:
+            yield rows[numbers]
+
+    def join(self, parts: Iterable[Tensor]) -> Tensor:
+        """What was made of each part of :meth:`split`, (P', …) → (P, …)."""
+        if not self._by_size:
+            (all_of_them,) = parts
+            return all_of_them
+        joined: Tensor | None = None
+        for (patients, _), part in zip(self._by_size, parts, strict=True):
+            joined = part.new_empty(len(self.images), *part.shape[1:]) if joined is None else joined
+            joined[patients] = part
+        assert joined is not None
+        return joined
+
+    def mean(self, rows: Tensor) -> Tensor:
+        """Rows (R, N) → their mean over each patient (P, N), float32."""
+        return self.join(part.float().mean(dim=1) for part in self.split(rows))
+
+
+class Sent:
+    """What each image sends into a layer, (R, in), and the products between the images of a patient."""
+
+    def __init__(self, rows: Tensor, groups: Groups) -> None:
+        self.rows, self.groups = rows.float(), groups
+
+
+def _products(rows: Tensor) -> Tensor:
+    return rows @ rows.mT
+
+
+@dataclass(frozen=True)
+class Formed:
+    """The gradients of P patients for one parameter, written out."""
+
+    means: Tensor  # (P, *shape of the parameter) float32: of each patient, the mean over its images
+
+    def squared_norms(self) -> Tensor:
+        """(P,) float32."""
+        return self.means.flatten(1).square().sum(dim=1)
+
+    def clipped_sums(self, factor: Tensor) -> list[Tensor]:
+        """The sum of all patients' gradients, each times its ``factor`` (P,); a factor of 0 leaves a patient out."""
+        kept = self.means.flatten(1)
+        if not bool(factor.all()):  # 0 · NaN is NaN, so that a factor of zero would not do
+            kept = torch.where((factor > 0).unsqueeze(1), kept, 0.0)
+        return [(factor @ kept).view(self.means.shape[1:])]
+
+
+@dataclass(frozen=True)
+class Outer:
+    """The gradients of P patients for linear layers that are sent the same: means of outer products, none formed.
+
+    A bias is a weight on one more number that is sent, 1. Layers side by side are one layer of as many outputs.
+    """
+
+    backprops: Tensor  # (R, out) float32: what the loss sends back to each image, layer after layer
+    sent: Tensor  # (R, in) float32: what each image sent in
+    groups: Groups
+    widths: tuple[int, ...]  # outputs of each layer
+    bias: bool = False  # whether the layers have biases that train
+
+    def squared_norms(self) -> Tensor:
+        """(P,) float32; of a patient of m images, Σᵢⱼ (gᵢ·gⱼ)(aᵢ·aⱼ) / m², accurate also where terms cancel."""
+        several = zip(self.groups.split(self.backprops), self.groups.split(self.sent), strict=True)
+        return self.groups.join(self._squared_norms(back, sent) for back, sent in several)
+
+    def _squared_norms(self, back: Tensor, sent: Tensor) -> Tensor:
+        """(P',) of patients of m images each: (P', m, out) and (P', m, in)."""
+        terms = _products(back) * (_products(sent) + self.bias)
+        total = terms.sum(dim=(1, 2))
+        unsure = total < _SURE * terms.abs().sum(dim=(1, 2))
+        if bool(unsure.any()):
+            exact = _products(back[unsure].double()) * (_products(sent[unsure].double()) + self.bias)
+            total[unsure] = exact.sum(dim=(1, 2)).clamp(min=0).float()
+        return total / sent.shape[1] ** 2
+
+    def clipped_sums(self, factor: Tensor) -> list[Tensor]:
+        """As :meth:`Formed.clipped_sums`: the layers' weights (out, in), then their biases (out,)."""
+        weight = (factor / self.groups.images)[self.groups.patient].unsqueeze(1)  # (R, 1)
+        back, sent = self.backprops, self.sent
+        if not bool(factor.all()):
+            back, sent = torch.where(weight > 0, back, 0.0), torch.where(weight > 0, sent, 0.0)
+        clipped = (weight * back).T  # (out, R)
+        biases = clipped.sum(dim=1).split(self.widths) if self.bias else ()
+        return [*(clipped @ sent).split(self.widths), *biases]
+
+
+PatientGradient = Formed | Outer
