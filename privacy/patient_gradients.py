@@ -37,6 +37,7 @@ class PatientGradients(GradSampleHooks):
 
     def __init__(self, module: nn.Module) -> None:
         self._found: dict[Tensor, PatientGradient | None] = {}  # None: of a layer in `_layers`
+        self._room: dict[Tensor, Tensor] = {}  # for what is formed
         self._wrong: dict[Tensor, str] = {}
         self._outputs: list[Tensor] = []
         # Linear layers of one row per image, by what they are sent, and whether a bias trains.
@@ -74,7 +75,7 @@ class PatientGradients(GradSampleHooks):
             torch.autograd.grad(losses.sum(), outputs, allow_unused=True)
 
     def take(self, trained: Mapping[str, nn.Parameter]) -> list[tuple[Parameters, PatientGradient]]:
-        """The gradients of the last pass, each with the parameters it is of; the next pass begins anew.
+        """The gradients of the last pass, each with the parameters it is of; the next pass writes over them.
 
         Raises:
             PrivacyError: a parameter has none, or was used more than once; all of them at once.
@@ -122,7 +123,7 @@ class PatientGradients(GradSampleHooks):
             self._found |= {weight: None, **({bias: None} if bias is not None and shifts else {})}
             return
         if trains:
-            self._found[weight] = self._formed(sent.flatten(1, -2), back.flatten(1, -2))
+            self._found[weight] = self._formed(weight, sent.flatten(1, -2), back.flatten(1, -2))
         if bias is not None and shifts:
             self._found[bias] = self._mean(back if back.dim() == 2 else back.flatten(1, -2).sum(dim=1))
 
@@ -135,10 +136,24 @@ class PatientGradients(GradSampleHooks):
             self._wrong[parameter] = "used more than once in one pass, so that its gradients per image do not add up"
         return parameter not in self._wrong
 
-    def _formed(self, sent: Tensor, back: Tensor) -> Formed:
-        """Of tokens (R, T, in) and what comes back to them (R, T, out): one product per patient."""
-        several = zip(self.groups.split(sent), self.groups.split(back), strict=True)
-        return Formed(self.groups.join(_of_tokens(a.flatten(1, 2), g.flatten(1, 2), a.shape[1]) for a, g in several))
+    def _formed(self, weight: Tensor, sent: Tensor, back: Tensor) -> Formed:
+        """Of tokens (R, T, in) and what comes back to them (R, T, out): one product per patient.
+
+        It is written where that of the last pass was: for new room the system takes as long as for the product.
+        """
+        patients = len(self.groups.images)
+        room = self._room.get(weight)
+        if room is None or len(room) < patients:
+            room = self._room[weight] = back.new_empty(patients, *weight.shape, dtype=torch.float32)
+        means = room[:patients]
+        several = zip(self.groups.by_size, self.groups.split(sent), self.groups.split(back), strict=True)
+        for (which, _), a, g in several:
+            a, g = a.flatten(1, 2).to(g.dtype), (g / g.shape[1]).flatten(1, 2)
+            if isinstance(which, slice) and g.dtype == means.dtype:
+                torch.bmm(g.mT, a, out=means)
+            else:
+                means[which] = (g.mT @ a).float()
+        return Formed(means)
 
     def _mean(self, rows: Tensor) -> Formed:
         return Formed(self.groups.mean(rows.flatten(1)).view(-1, *rows.shape[1:]))
@@ -147,8 +162,3 @@ class PatientGradients(GradSampleHooks):
 def _place(tensor: Tensor) -> _Place:
     """Where a tensor lies in memory, and how: the same for the same rows."""
     return tensor.data_ptr(), tensor.shape, tensor.stride()
-
-
-def _of_tokens(sent: Tensor, back: Tensor, images: int) -> Tensor:
-    """(P', all tokens of m images, in) and (…, out) → the mean over images, (P', out, in) float32."""
-    return (back.mT @ sent.to(back.dtype)).float().div_(images)

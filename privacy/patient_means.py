@@ -30,16 +30,16 @@ class Groups:
         self.images = torch.bincount(patient)  # (P,)
 
     @cached_property
-    def _by_size(self) -> list[tuple[Tensor, Tensor]]:
-        """(numbers of the patients (P',), rows of their images (P', m)), for each number m of images that occurs.
+    def by_size(self) -> list[tuple[Tensor | slice, Tensor | slice]]:
+        """(which patients (P',), which rows (P', m)), for each number m of images that occurs.
 
-        Empty where all patients have as many: then rows need no picking.
+        Where all patients have as many images, one pair of slices: their rows need no picking.
         """
         least, most = self.images.aminmax()
         if least == most:
-            return []
+            return [(slice(None), slice(None))]
         first = torch.cumsum(self.images, dim=0) - self.images
-        found = []
+        found: list[tuple[Tensor | slice, Tensor | slice]] = []
         for images in torch.unique(self.images).tolist():
             patients = torch.nonzero(self.images == images).flatten()
             found.append((patients, first[patients].unsqueeze(1) + torch.arange(images, device=patients.device)))
@@ -47,18 +47,18 @@ class Groups:
 
     def split(self, rows: Tensor) -> Iterator[Tensor]:
         """Rows (R, …) → (P', m, …) for each number m of images that occurs."""
-        if not self._by_size:
-            yield rows.reshape(len(self.images), -1, *rows.shape[1:])
-        for _, numbers in self._by_size:
-            yield rows[numbers]
+        for _, numbers in self.by_size:
+            if isinstance(numbers, slice):
+                yield rows.reshape(len(self.images), -1, *rows.shape[1:])
+            else:
+                yield rows[numbers]
 
     def join(self, parts: Iterable[Tensor]) -> Tensor:
         """What was made of each part of :meth:`split`, (P', …) → (P, …)."""
-        if not self._by_size:
-            (all_of_them,) = parts
-            return all_of_them
         joined: Tensor | None = None
-        for (patients, _), part in zip(self._by_size, parts, strict=True):
+        for (patients, _), part in zip(self.by_size, parts, strict=True):
+            if isinstance(patients, slice):
+                return part
             joined = part.new_empty(len(self.images), *part.shape[1:]) if joined is None else joined
             joined[patients] = part
         assert joined is not None
@@ -88,14 +88,16 @@ class Formed:
 
     def squared_norms(self) -> Tensor:
         """(P,) float32."""
-        return self.means.flatten(1).square().sum(dim=1)
+        # Row by row, which needs no room for the squares, and adds up as exactly as all of them would pairwise.
+        rows: Tensor = torch.linalg.vector_norm(self.means, dim=-1)
+        return rows.flatten(1).square().sum(dim=1) if rows.dim() > 1 else rows.square()
 
     def clipped_sums(self, factor: Tensor) -> list[Tensor]:
         """The sum of all patients' gradients, each times its ``factor`` (P,); a factor of 0 leaves a patient out."""
         kept = self.means.flatten(1)
         if not bool(factor.all()):  # 0 · NaN is NaN, so that a factor of zero would not do
             kept = torch.where((factor > 0).unsqueeze(1), kept, 0.0)
-        return [(factor @ kept).view(self.means.shape[1:])]
+        return [(kept.T @ factor).view(self.means.shape[1:])]
 
 
 @dataclass(frozen=True)
