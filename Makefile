@@ -58,6 +58,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/learning.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/payload.py
 
 docs-check: $(INSTALLED)
 	$(BIN)/python -m pytest tests/test_cli.py tests/test_docs.py tests/test_layout.py tests/test_load.py

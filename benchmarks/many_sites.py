@@ -1,6 +1,7 @@
 """Many sites on one machine: whole simulations, and the server's memory at a payload that weighs something.
 
-``python benchmarks/many_sites.py [--sites 10 50] [--threads 8] [--out FOLDER]`` writes a section of RESULTS.md.
+``python benchmarks/many_sites.py [--sites 3 10 50 200] [--rounds 1] [--threads 8] [--out FOLDER]`` writes a section of
+RESULTS.md, and ``many_sites_*`` in results.json: what a site and round of many costs over one of the fewest.
 """
 
 import argparse
@@ -13,17 +14,16 @@ from pathlib import Path
 
 import psutil
 import yaml
-from results import write_section
+from results import Entry, record, write_section
 
-ROUNDS = 3
 PARAMETERS = 5_000_000  # 20 MB of float32 an update
 SPECIALTIES = ["radiology", "dermatology", "emergency", "cardiology"]
 
 
-def config(sites: int) -> dict:
+def config(sites: int, rounds: int) -> dict:
     return {
         "name": "many-sites",
-        "rounds": ROUNDS,
+        "rounds": rounds,
         "min_clients": sites,
         "max_clients": sites,
         "privacy": {"epsilon": 3.0, "delta": 1e-5},
@@ -32,15 +32,15 @@ def config(sites: int) -> dict:
             "synthesize": {"patients_per_specialty": 4, "public_patients_per_specialty": 8, "max_images": 1},
         },
         "sites": {
-            f"site{n:02d}": {"specialties": [SPECIALTIES[n % 4], SPECIALTIES[(n + 1) % 4]]} for n in range(sites)
+            f"site{n:03d}": {"specialties": [SPECIALTIES[n % 4], SPECIALTIES[(n + 1) % 4]]} for n in range(sites)
         },
     }
 
 
-def simulate(sites: int, threads: int, folder: Path) -> dict:
+def simulate(sites: int, rounds: int, threads: int, folder: Path) -> dict:
     """One whole run; peak memory of the server's process (which is the simulator's), and of everything together."""
     run, plan = folder / f"run{sites}", folder / f"sites{sites}.yaml"
-    plan.write_text(yaml.safe_dump(config(sites)))
+    plan.write_text(yaml.safe_dump(config(sites, rounds)))
     words = ["-P", "-m", "clinifed", "simulate", str(plan), "--out", str(run), "--threads", str(threads), "--json"]
     started = time.monotonic()
     server = total = most = 0
@@ -61,7 +61,7 @@ def simulate(sites: int, threads: int, folder: Path) -> dict:
     assert process.returncode == 0, (folder / f"err{sites}.txt").read_text()
     summary = json.loads((folder / f"out{sites}.json").read_text())
     accepted = sum(r["accepted"] for s in summary["sites"].values() for r in s["rounds"])
-    assert accepted == sites * ROUNDS, f"{accepted} updates of {sites * ROUNDS}"
+    assert accepted == sites * rounds, f"{accepted} updates of {sites * rounds}"
     sent = next(iter(summary["sites"].values()))["rounds"][0]["bytes_sent"]
     return {
         "sites": sites,
@@ -132,7 +132,8 @@ def server_memory(sites: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sites", type=int, nargs="+", default=[10, 50])
+    parser.add_argument("--sites", type=int, nargs="+", default=[3, 10, 50, 200])
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--out", type=Path, help="keep the runs here")
     args = parser.parse_args()
@@ -149,19 +150,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.out or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        runs = [simulate(n, args.threads, folder) for n in args.sites]
+        runs = [simulate(n, args.rounds, args.threads, folder) for n in args.sites]
     lines += [
         "",
-        f"Whole simulations, {ROUNDS} rounds, every update of every site accepted:",
+        f"Whole simulations, rounds: {args.rounds}, every update of every site accepted:",
         "",
-        "| sites | threads | wall, s | update, kB | server process, peak MiB | all processes, peak GiB |",
-        "|---|---|---|---|---|---|",
+        "| sites | threads | wall, s | a site and round, s | update, kB | server, peak MiB | all processes, peak GiB |",
+        "|---|---|---|---|---|---|---|",
     ]
+    each = [r["wall_s"] / (r["sites"] * args.rounds) for r in runs]
     lines += [
-        f"| {r['sites']} | {r['threads']} | {r['wall_s']} | {r['payload_bytes'] / 1e3:.1f} | {r['server_peak_mib']} | "
-        f"{r['all_peak_gib']} |"
-        for r in runs
+        f"| {r['sites']} | {r['threads']} | {r['wall_s']} | {cost:.1f} | {r['payload_bytes'] / 1e3:.1f} | "
+        f"{r['server_peak_mib']} | {r['all_peak_gib']} |"
+        for r, cost in zip(runs, each, strict=True)
     ]
+    unit = f"s of wall time a site and round, over that of {runs[0]['sites']} sites"
+    record(
+        [Entry(f"many_sites_{r['sites']}", c / each[0], c, each[0], unit, 0) for r, c in zip(runs, each, strict=True)]
+    )
     write_section("Many sites", lines)
 
 

@@ -144,7 +144,7 @@ def _relinkage(
     whose = [records[i].patient for i in rows]
     reports, own = reports_of(whose, [records[i].caption.strip() for i in rows])
     texts = sorted(set(reports))  # each text once: equal texts must have equal embeddings
-    encoded = torch.cat([backbone.encode_text(texts[i : i + _BATCH]) for i in range(0, len(texts), _BATCH)]).numpy()
+    encoded = torch.cat([backbone.encode_reports(texts[i : i + _BATCH]) for i in range(0, len(texts), _BATCH)]).numpy()
     place = {text: i for i, text in enumerate(texts)}
     gallery = encoded[[place[text] for text in reports]]
 

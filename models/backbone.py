@@ -144,11 +144,19 @@ class Backbone:
         if key not in self._identity.prompts:
             if problems := prompt_problems(self.tokenizer, texts):
                 raise ModelError(*(f"{self.ref}: {problem}" for problem in problems))
-            rows = functional.normalize(self.model.encode_text(self.tokenizer(list(texts))), dim=-1)
+            rows = self.encode_reports(texts)
             self._identity = replace(self._identity, prompts={**self._identity.prompts, key: rows})
             if self._kept is not None:
                 self._kept.write(self._identity)
         return self._identity.prompts[key].clone()
+
+    @torch.no_grad()
+    def encode_reports(self, texts: Sequence[str]) -> Tensor:
+        """L2-normalised embeddings (N, D) of what people wrote: nothing of it is kept, nor told in an error.
+
+        A word that the tokenizer does not know is its unknown token.
+        """
+        return functional.normalize(self.model.encode_text(self.tokenizer(list(texts))), dim=-1)
 
     def free_text(self) -> None:
         """Let go of the text tower, more than half of BiomedCLIP; texts that were encoded stay known."""

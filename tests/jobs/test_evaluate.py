@@ -145,6 +145,14 @@ def test_without_captions_there_is_no_re_linkage_to_tell(studied, checkpoint):
     assert "fewer than 10 patients have it" in shown(*comparison_tables(report["comparison"], "trained"))
 
 
+def test_reports_may_use_words_that_the_tokenizer_does_not_know(studied, checkpoint, capfd, caplog):
+    records = [replace(r, caption=f"Zdzislawa, 35-year-old, no. {i}") for i, r in enumerate(studied.data.test.records)]
+    manifest = write_manifest(studied.data.test.folder / "written.csv", records, "public")
+    report = evaluate_checkpoint(checkpoint, manifest.path, None)
+    assert report["relinkage"]["different_texts"] == len(records)
+    assert "Zdzislawa" not in json.dumps(report) + caplog.text + "".join(capfd.readouterr())
+
+
 def test_the_tables_show_figures_intervals_and_what_is_suppressed(public):
     text = shown(*comparison_tables(public["comparison"], "trained"), *relinkage_tables(public["relinkage"]))
     row = public["comparison"][0]

@@ -86,6 +86,15 @@ def test_what_was_encoded_stays_known_without_the_text_tower() -> None:
     assert backbone.encode_text(["a nevus"]).shape == (1, rows.shape[1])
 
 
+def test_reports_are_encoded_as_prompts_are_and_nothing_of_them_is_kept(load: Callable[[], Backbone]) -> None:
+    backbone, texts = load(), ["clear lungs", "a burn"]
+    known = dict(backbone._identity.prompts)
+    rows = backbone.encode_reports(texts)
+    assert backbone._identity.prompts == known
+    assert rows.equal(backbone.encode_text(texts))
+    assert backbone.encode_reports(["35-year-old"]).norm(dim=-1) == pytest.approx(1.0, abs=1e-5)
+
+
 @pytest.mark.parametrize("name", [WEIGHTS, "open_clip_config.json", "vocab.txt", "text/config.json"])
 def test_a_kept_identity_is_of_these_files_only(name: str, load: Callable[[], Backbone], folder: Path) -> None:
     load()
