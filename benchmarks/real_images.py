@@ -128,10 +128,13 @@ def main() -> None:
             choice = json.loads((out / "choice.json").read_text())["specialties"][row["specialty"]]
             chosen = choice["candidates"][choice["chosen"]]
             row["personalised"] = {"value": chosen["balanced_accuracy"], "name": choice["chosen"]}
-            if row["personalised"]["value"] is not None and choice["candidates"]["local-only"]["balanced_accuracy"]:
-                behind = choice["candidates"]["local-only"]["balanced_accuracy"] - chosen["balanced_accuracy"]
-                if behind > 0:
-                    notes.append(f"{site}: its own head is {behind:.2f} ahead of the chosen one, within its interval.")
+            gap = choice["candidates"]["local-only"].get("difference")  # over the global head
+            if choice["chosen"] == "global" and gap is not None and gap["difference"] > 0:
+                where = "beyond" if gap["low"] > 0 else "within"
+                notes.append(
+                    f"{site}: local only is ahead of the head that was kept by {gap['difference']:.2f} "
+                    f"({gap['low']:.2f} to {gap['high']:.2f}), {where} its interval."
+                )
         root = Path(content["data"]["root"])
         index = unseen["index"]
         manifest = work / "unseen" / "manifest.csv"
@@ -143,10 +146,10 @@ def main() -> None:
             settings = FolderIndex(**{**index, "folder": root / index["folder"]})
             index_folder(settings, manifest, tuple(unseen["specialties"]), "public")
         lines = [
-            f"Public, and no site: {', '.join(PUBLIC)}. Unseen, and no site: {UNSEEN}. Base model `{options.model}`, basis",
-            f"`{options.basis}`, 10 rounds. Balanced accuracy by patient with 95 % intervals over the site's own held-out",
-            f"patients, those of {HELD_OUT}; the personalised head was chosen on those same patients, so that its figure",
-            "flatters. The tiny model was trained on drawings: its figures on real images are chance, or near it.",
+            f"Public, and no site: {', '.join(PUBLIC)}. Unseen, and no site: {UNSEEN}. Base model `{options.model}`,",
+            f"basis `{options.basis}`, 10 rounds. Balanced accuracy by patient with 95 % intervals over the site's own",
+            f"held-out patients, those of {HELD_OUT}; the personalised head was chosen on those same patients, so that",
+            "its figure flatters. The tiny model was trained on drawings: its figures here are chance, or near it.",
             "",
             f"| site | patients | {' | '.join(COLUMNS.values())} |",
             "|---|---|" + "---|" * len(COLUMNS),
