@@ -150,25 +150,33 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.out or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        runs = [simulate(n, args.rounds, args.threads, folder) for n in args.sites]
-    lines += [
-        "",
-        f"Whole simulations, rounds: {args.rounds}, every update of every site accepted:",
-        "",
-        "| sites | threads | wall, s | a site and round, s | update, kB | server, peak MiB | all processes, peak GiB |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    each = [r["wall_s"] / (r["sites"] * args.rounds) for r in runs]
-    lines += [
-        f"| {r['sites']} | {r['threads']} | {r['wall_s']} | {cost:.1f} | {r['payload_bytes'] / 1e3:.1f} | "
-        f"{r['server_peak_mib']} | {r['all_peak_gib']} |"
-        for r, cost in zip(runs, each, strict=True)
-    ]
+        runs = []
+        for sites in args.sites:  # written after each, since the largest may take an hour
+            runs.append(simulate(sites, args.rounds, args.threads, folder))
+            print(json.dumps(runs[-1]), flush=True)
+            write(lines, runs, args.rounds)
+
+
+def write(lines: list[str], runs: list[dict], rounds: int) -> None:
+    """The results so far."""
+    each = [run["wall_s"] / (run["sites"] * rounds) for run in runs]
     unit = f"s of wall time a site and round, over that of {runs[0]['sites']} sites"
     record(
         [Entry(f"many_sites_{r['sites']}", c / each[0], c, each[0], unit, 0) for r, c in zip(runs, each, strict=True)]
     )
-    write_section("Many sites", lines)
+    rows = [
+        f"| {r['sites']} | {r['threads']} | {r['wall_s']} | {cost:.1f} | {r['payload_bytes'] / 1e3:.1f} | "
+        f"{r['server_peak_mib']} | {r['all_peak_gib']} |"
+        for r, cost in zip(runs, each, strict=True)
+    ]
+    head = [
+        "",
+        f"Whole simulations, rounds: {rounds}, every update of every site accepted:",
+        "",
+        "| sites | threads | wall, s | a site and round, s | update, kB | server, peak MiB | all processes, peak GiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    write_section("Many sites", [*lines, *head, *rows])
 
 
 if __name__ == "__main__":

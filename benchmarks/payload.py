@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from memory import PLAN
+from nvflare.app_common.decomposers import common_decomposers
 from nvflare.fuel.utils import fobs
 from real_size import NAMES, make_base
 from results import Entry, record, write_section
@@ -56,6 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", help="reference of a base model; default: one of real size is made")
     options = parser.parse_args()
+    common_decomposers.register()  # as FLARE does when it starts
     lines = [
         "| what a site of four specialties sends in a round | bytes | of the whole model | 1 / |",
         "|---|---|---|---|",
