@@ -152,7 +152,10 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         runs = []
         for sites in args.sites:  # written after each, since the largest may take an hour
-            runs.append(simulate(sites, args.rounds, args.threads, folder))
+            kept = folder / f"figures{sites}-{args.rounds}.json"  # a run that exists is reused
+            if not kept.exists():
+                kept.write_text(json.dumps(simulate(sites, args.rounds, args.threads, folder)))
+            runs.append(json.loads(kept.read_text()))
             print(json.dumps(runs[-1]), flush=True)
             write(lines, runs, args.rounds)
 

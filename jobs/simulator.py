@@ -66,13 +66,12 @@ def simulator_process(
 
 def main() -> None:
     """``python -m clinifed.jobs.simulator WORKSPACE RUN THREADS``: the body of the process above."""
-    from nvflare.recipe import SimEnv
-
     from clinifed.jobs.recipe import FederationRecipe
+    from clinifed.jobs.simulator_env import Simulation
 
     workspace, run, threads = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     contract = Contract.read((workspace / _CONTRACT_FILE).read_text(encoding="utf-8"))
-    environment = SimEnv(clients=sorted(contract.sites), num_threads=threads, workspace_root=str(workspace))
+    environment = Simulation(clients=sorted(contract.sites), num_threads=threads, workspace_root=str(workspace))
     FederationRecipe(contract, run).simulate(environment)
 
 
