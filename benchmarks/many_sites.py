@@ -154,7 +154,7 @@ def main() -> None:
         for sites in args.sites:  # written after each, since the largest may take an hour
             kept = folder / f"figures{sites}-{args.rounds}.json"  # a run that exists is reused
             if not kept.exists():
-                kept.write_text(json.dumps(simulate(sites, args.rounds, args.threads, folder)))
+                kept.write_text(json.dumps(simulate(sites, args.rounds, min(sites, args.threads), folder)))
             runs.append(json.loads(kept.read_text()))
             print(json.dumps(runs[-1]), flush=True)
             write(lines, runs, args.rounds)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from clinifed.config import Federation
+from clinifed.errors import ConfigError
 from clinifed.executors.flare import SIMULATOR
 from clinifed.jobs.basis import basis_file, with_basis
 from clinifed.jobs.finish import finish_run
@@ -29,15 +30,19 @@ def simulate(
     """Run ``federation`` and leave ``summary.json``, ``checkpoint/``, ``log.txt`` and ``sites/`` in ``run``.
 
     Args:
-        threads: FLARE simulator threads; fewer than sites means one fresh process per task.
+        threads: FLARE simulator threads, at most one for each site; fewer means one fresh process per task.
 
     Raises:
+        ConfigError: there are more threads than sites. Nothing is made.
         ClinifedError: after writing a ``summary.json`` with status ``failed``; no checkpoint is left then.
     """
+    most = len(federation.sites)
+    if threads is not None and not 1 <= threads <= most:
+        raise ConfigError(f"--threads {threads}: FLARE's simulator takes 1 to {most}, one for each site")
     run = run.resolve()
     take(run)
     with run_directory(run, federation.name) as started:
-        return _run(federation, run, progress, threads or min(len(federation.sites), _MAX_PROCESSES), started)
+        return _run(federation, run, progress, threads or min(most, _MAX_PROCESSES), started)
 
 
 def _run(

@@ -10,6 +10,8 @@ import pytest
 
 from clinifed import errors
 from clinifed.cli import build_parser, main
+from clinifed.jobs.simulate import simulate
+from clinifed.load import load_federation
 
 ROOT = Path(__file__).parents[1]
 
@@ -68,6 +70,14 @@ def test_an_error_ends_with_its_code_and_names_every_problem(
         main(["simulate", str(path), "--out", str(tmp_path / "run")])
     assert ended.value.code == errors.ConfigError.exit_code
     assert capsys.readouterr().err.count("clinifed: ") >= 4
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("threads", [0, 5])
+def test_more_threads_than_sites_are_refused_before_anything_is_made(threads: int, tmp_path: Path) -> None:
+    demo = load_federation(Path(__file__).parents[1] / "simulator_configs" / "demo.yaml")  # four sites
+    with pytest.raises(errors.ConfigError, match=f"--threads {threads}: .* 1 to 4"):
+        simulate(demo, tmp_path / "run", print, threads)
     assert not (tmp_path / "run").exists()
 
 
