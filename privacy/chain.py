@@ -96,6 +96,8 @@ class Chain:
             view = self._verify(file)
             if view.torn_bytes:
                 file.truncate(self._seen.length)
+            if view.ahead:  # before another record: a second crash would leave the chain two ahead, and refused
+                self._move_anchor(view.head)
             yield view, lambda record: self._append(file, record)
 
     def read(self) -> View:
@@ -186,10 +188,16 @@ class Chain:
             file.flush()
             os.fsync(file.fileno())
             sync_folder(self.path.parent)
-            write_atomic(self.anchor, full["hash"].encode(), OWNER_ONLY)
         except OSError as error:
             raise LedgerError(f"{self.path}: could not be written ({error.strerror}); nothing is released") from error
+        self._move_anchor(str(full["hash"]))
         hasher = self._seen.hasher.copy()
         hasher.update(line)
         self._seen = _Seen(self._seen.length + len(line), hasher, (*self._seen.records, full), full["hash"])
         return full
+
+    def _move_anchor(self, head: str) -> None:
+        try:
+            write_atomic(self.anchor, head.encode(), OWNER_ONLY)
+        except OSError as error:
+            raise LedgerError(f"{self.anchor}: could not be written ({error.strerror}); nothing is released") from error

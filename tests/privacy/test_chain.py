@@ -147,3 +147,22 @@ def test_a_write_that_fails_is_an_error_and_the_chain_stays_whole(chain, monkeyp
             grow(chain, 1)
     grow(chain, 1)
     assert len(Chain(chain.path).read().records) in (RECORDS + 1, RECORDS + 2)  # what reached the file counts
+
+
+def test_crashes_in_a_row_between_record_and_anchor_never_leave_the_chain_two_ahead(chain, monkeypatch):
+    real = module.write_atomic
+
+    def die_at_the_end(path: Path, content: bytes, mode: int) -> None:
+        if content.decode() != before:
+            raise KeyboardInterrupt
+        real(path, content, mode)
+
+    monkeypatch.setattr(module, "write_atomic", die_at_the_end)
+    for crash in range(3):
+        before = Chain(chain.path).read().head  # whose anchor may still be to be moved
+        with pytest.raises(KeyboardInterrupt):
+            grow(Chain(chain.path), 1)
+        assert len(Chain(chain.path).read().records) == RECORDS + crash + 1
+    monkeypatch.undo()
+    grow(Chain(chain.path), 1)
+    assert not Chain(chain.path).read().ahead
