@@ -79,8 +79,9 @@ def _rows(site: SiteUnderCheck) -> int:
 
 def cache_room(site: SiteUnderCheck) -> Finding:
     """What the embeddings take, and what the disk has."""
-    needed = _rows(site) * row_bytes(_features(site))
-    says = [f"embeddings: {_size(needed)} ({_rows(site):,} rows of {row_bytes(_features(site)):,} bytes)"]
+    rows, each = _rows(site), row_bytes(_features(site))
+    needed = rows * each
+    says = [f"embeddings: {_size(needed)} ({rows:,} rows of {each:,} bytes)"]
     if needed > LIMIT_BYTES:
         says.append(f"the cache keeps at most {_size(LIMIT_BYTES)}; the rest is computed again in every job")
     if site.policy is None:

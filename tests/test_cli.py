@@ -75,7 +75,7 @@ def test_an_error_ends_with_its_code_and_names_every_problem(
 
 @pytest.mark.parametrize("threads", [0, 5])
 def test_more_threads_than_sites_are_refused_before_anything_is_made(threads: int, tmp_path: Path) -> None:
-    demo = load_federation(Path(__file__).parents[1] / "simulator_configs" / "demo.yaml")  # four sites
+    demo = load_federation(ROOT / "simulator_configs" / "demo.yaml")  # four sites
     with pytest.raises(errors.ConfigError, match=f"--threads {threads}: .* 1 to 4"):
         simulate(demo, tmp_path / "run", print, threads)
     assert not (tmp_path / "run").exists()
