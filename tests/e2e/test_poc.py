@@ -54,7 +54,6 @@ def interrupted(words: list[str], when: str, timeout_s: float = 300) -> tuple[in
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:
         deadline = time.monotonic() + timeout_s
         assert process.stderr is not None
