@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,15 @@ PACKAGES = ("nvflare", "torch", "opacus", "open_clip_torch")
 def machine() -> str:
     """What the figures were measured on."""
     packages = ", ".join(f"{p} {version(p)}" for p in PACKAGES)
-    return f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, {packages}"
+    return f"{os.cpu_count()} cores, {platform.machine()}{_gpu()}, Python {platform.python_version()}, {packages}"
+
+
+def _gpu() -> str:
+    """What the driver's own tool says there is; torch would make a small process large."""
+    if (tool := shutil.which("nvidia-smi")) is None:
+        return ""
+    told = subprocess.run([tool, "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
+    return "".join(f", {name}" for name in told.stdout.split("\n") if name)
 
 
 def write_section(title: str, lines: Sequence[str]) -> None:

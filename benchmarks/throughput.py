@@ -54,13 +54,13 @@ def radiographs(folder: Path, count: int, size: int, *, rle: bool = False) -> Pa
 
 def _model(ref: str):
     from clinifed.config import Training
-    from clinifed.models.adapters import GlobalModel, build_trainable
+    from clinifed.models.adapters import FrozenPart, build_trainable
     from clinifed.models.backbone import load_backbone
     from clinifed.models.specialties import SPECIALTIES
 
     backbone = load_backbone(ref)
     mine = {"radiology": SPECIALTIES["radiology"]}
-    return backbone, mine, GlobalModel(backbone, build_trainable(backbone, mine, Training(train="heads"))).eval()
+    return backbone, mine, FrozenPart(backbone, build_trainable(backbone, mine, Training(train="heads")).eval())
 
 
 def measure(ref: str, path: Path, cache: Path, turns: int) -> dict[str, float]:

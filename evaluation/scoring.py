@@ -11,9 +11,17 @@ from clinifed.models.adapters import TrainablePart
 from clinifed.privacy.objectives import OBJECTIVES, Objective
 from clinifed.privacy.patients import PatientTensors, physical_batches, rows_per_batch
 
-__all__ = ["logits_of", "score_part", "scores_of"]
+__all__ = ["embedded", "logits_of", "score_part", "scores_of"]
 
 _BATCH = 32  # images of many tokens per forward pass; changes memory only
+
+
+@torch.no_grad()
+def embedded(part: TrainablePart, data: PatientTensors, batch_size: int) -> PatientTensors:
+    """The same patients with the global model's embeddings (R, D) for features, whatever its trunk reads."""
+    batches = physical_batches(data.patient, batch_size)
+    embedding = torch.cat([part.embed(data.features[rows].to(part.device)).cpu() for rows in batches])
+    return PatientTensors(embedding, data.patient, data.specialty, data.label)
 
 
 @torch.inference_mode()
@@ -28,10 +36,10 @@ def logits_of(part: TrainablePart, data: PatientTensors, names: list[str]) -> di
     """
     found: dict[str, list[NDArray[np.float64]]] = {}
     for rows in physical_batches(data.patient, rows_per_batch(data, _BATCH)):
-        for name, logits in part(data.features[rows]).items():
+        for name, logits in part(data.features[rows].to(part.device)).items():
             mine = data.specialty[rows] == names.index(name) if name in names else None
             if mine is not None and mine.any():
-                found.setdefault(name, []).append(logits[mine].double().numpy())
+                found.setdefault(name, []).append(logits.cpu()[mine].double().numpy())
     return {name: np.concatenate(found[name]) for name in sorted(found)}
 
 

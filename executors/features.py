@@ -21,7 +21,7 @@ from clinifed.data.series import frames_of
 from clinifed.data.volumes import KEY_FRAME
 from clinifed.errors import DataError
 from clinifed.files import canonical_json, file_sha256, sha256_of
-from clinifed.models.adapters import FrozenPart, GlobalModel
+from clinifed.models.adapters import FrozenPart
 from clinifed.models.backbone import Backbone
 from clinifed.models.embedding import embed_images
 from clinifed.models.shards import Shards
@@ -65,7 +65,7 @@ def site_manifest(policy: SitePolicy) -> Manifest:
 
 
 def patient_tensors(
-    model: GlobalModel | FrozenPart,
+    model: FrozenPart,
     backbone: Backbone,
     manifest: Manifest,
     specialties: Mapping[str, Specialty],
@@ -116,7 +116,7 @@ def patient_tensors(
     shards = None if cache is None else Shards(cache, _space(model, backbone))
     contents = [None if shards is None else _content(manifest, record) for record in records]
 
-    device, shape = next(model.part.parameters()).device, model.part.trunk.shape
+    device, shape = model.part.device, model.part.trunk.shape
 
     def encode(numbers: Sequence[int], seen: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
         from clinifed.data.transforms import augment  # MONAI takes seconds to import: only where images are read
@@ -183,7 +183,7 @@ def _unchanged(manifest: Manifest, batches: Iterable[Batch], contents: Mapping[s
             yield batch
 
 
-def _space(model: GlobalModel | FrozenPart, backbone: Backbone) -> dict[str, object]:
+def _space(model: FrozenPart, backbone: Backbone) -> dict[str, object]:
     """All that a row of features depends on besides the image and its view."""
     return {
         "clinifed": __version__,

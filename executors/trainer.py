@@ -107,9 +107,7 @@ class SiteTrainer:
         mine = {name: contract.specialties[name] for name in sorted(site.specialties)}
         training = contract.training
         self.objective = resolve_objective(contract.promise.objective)
-        self.part = (
-            build_trainable(backbone, mine, training, start).eval().to("cuda" if torch.cuda.is_available() else "cpu")
-        )
+        self.part = build_trainable(backbone, mine, training, start).ready()
         backbone.free_text()  # its prompts are in the heads now
         self.start = self.part.shared()
         self.data = patient_tensors(

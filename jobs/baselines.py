@@ -4,7 +4,7 @@ All of it trains on patients without a charge to any ledger: it is for data mark
 compared, and is never released.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -29,7 +29,7 @@ def alone(contract: Contract, backbone: Backbone, site: str, data: PatientTensor
         data: the site's training patients; ``specialty`` counts its own specialties, sorted.
     """
     agreed = contract.sites[site]
-    part = build_trainable(backbone, {n: contract.specialties[n] for n in agreed.specialties}, contract.training)
+    part = _part(contract, backbone, agreed.specialties)
     _rounds(part, data, contract if private else _open(contract), agreed.nominal_patients)
     return part
 
@@ -85,12 +85,7 @@ def federated_openly(contract: Contract, backbone: Backbone, data: Mapping[str, 
     terms, whole = _open(contract), load_part(contract, backbone)
     start = whole.shared()
     delta = {name: torch.zeros_like(value) for name, value in start.items()}
-    sites = {
-        site: build_trainable(
-            backbone, {n: contract.specialties[n] for n in contract.sites[site].specialties}, contract.training
-        )
-        for site in sorted(data)
-    }
+    sites = {site: _part(contract, backbone, contract.sites[site].specialties) for site in sorted(data)}
     weights = {site: contract.sites[site].weight for site in sites}
     memory: Memory = {}
     averaging = _Averaging(contract)
@@ -148,4 +143,11 @@ def one_thread() -> Iterator[None]:
 
 def load_part(contract: Contract, backbone: Backbone, state: Mapping[str, Tensor] | None = None) -> TrainablePart:
     """The trainable part of the whole federation, at its start or with ``state``."""
-    return build_trainable(backbone, contract.specialties, contract.training, state)
+    return _part(contract, backbone, contract.specialties, state)
+
+
+def _part(
+    contract: Contract, backbone: Backbone, names: Iterable[str], state: Mapping[str, Tensor] | None = None
+) -> TrainablePart:
+    specialties = {name: contract.specialties[name] for name in names}
+    return build_trainable(backbone, specialties, contract.training, state).ready()

@@ -20,11 +20,11 @@ from clinifed.contract import Contract
 from clinifed.data.manifest import Manifest
 from clinifed.errors import ConfigError, ModelError
 from clinifed.evaluation.metrics import patient_scores
-from clinifed.evaluation.scoring import score_part
+from clinifed.evaluation.scoring import embedded, score_part
 from clinifed.executors.features import patient_tensors
 from clinifed.files import write_atomic
 from clinifed.jobs.prepare import prepare_public
-from clinifed.models.adapters import GlobalModel, build_trainable
+from clinifed.models.adapters import FrozenPart, build_trainable
 from clinifed.models.backbone import Backbone, load_backbone
 from clinifed.models.basis import Basis, make_basis, read_basis
 from clinifed.models.specialties import resolve_specialties
@@ -149,9 +149,9 @@ def _made(federation: Federation, backbone: Backbone, manifest: Manifest) -> tup
     training = federation.training
     plain = training.model_copy(update={"basis": "none"})
     objective = resolve_objective(federation.privacy.objective)
-    part = build_trainable(backbone, specialties, plain)
+    part = build_trainable(backbone, specialties, plain).ready()
     data = patient_tensors(
-        GlobalModel(backbone, part).eval(),
+        FrozenPart(backbone, part),
         backbone,
         manifest,
         specialties,
@@ -160,8 +160,7 @@ def _made(federation: Federation, backbone: Backbone, manifest: Manifest) -> tup
         cache=None,
         objective=objective,
     )
-    with torch.no_grad():
-        embedding = part.embed(data.features)
+    embedding = embedded(part, data, training.batch_size).features
     assert training.basis != "none"
     basis = make_basis(training.basis, embedding, training.basis_dims)
     return basis, tried(basis, backbone, federation, plain, data, present, embedding)
@@ -186,8 +185,10 @@ def tried(
     specialties = resolve_specialties(set(names), federation.specialties)
     objective = resolve_objective(federation.privacy.objective)
     inside = federation.training
-    before = score_part(build_trainable(backbone, specialties, plain), data, names, objective)
-    after = score_part(build_trainable(backbone.with_basis(basis), specialties, inside), data, names, objective)
+    before, after = (
+        score_part(build_trainable(*which).ready(), data, names, objective)
+        for which in ((backbone, specialties, plain), (backbone.with_basis(basis), specialties, inside))
+    )
     trials = []
     for index, name in enumerate(names):
         mine = data.specialty == index

@@ -16,7 +16,7 @@ from clinifed.executors.features import SitePatients, patient_tensors, site_mani
 from clinifed.jobs.comparison import HOLDOUT, PUBLIC_TEST, compare, judge
 from clinifed.load import read_yaml, validate
 from clinifed.models.adaptation import base_of, card_specialties
-from clinifed.models.adapters import GlobalModel, TrainablePart, build_trainable
+from clinifed.models.adapters import FrozenPart, TrainablePart, build_trainable
 from clinifed.models.backbone import Backbone
 from clinifed.models.state import Checkpoint, read_checkpoint
 from clinifed.policy import SitePolicy
@@ -102,10 +102,10 @@ def _evaluate(
         raise DataError(f"{manifest.path}: no image of {', '.join(sorted(every))}, which the checkpoint knows")
     training = validate(Training, read.card["training"], f"{read.path}: training")
     objective = resolve_objective(read.card["objective"])
-    start = build_trainable(backbone, every, training)
-    trained = build_trainable(backbone, every, training, read.params)
+    start = build_trainable(backbone, every, training).ready()
+    trained = build_trainable(backbone, every, training, read.params).ready()
     patients = patient_tensors(
-        GlobalModel(backbone, start).eval(),
+        FrozenPart(backbone, start),
         backbone,
         manifest,
         {n: every[n] for n in names},
@@ -149,8 +149,9 @@ def _relinkage(
     gallery = encoded[[place[text] for text in reports]]
 
     def told(part: TrainablePart) -> dict[str, Any]:
-        batches = [part.embed(patients.features[rows[i : i + _BATCH]]).numpy() for i in range(0, len(rows), _BATCH)]
-        return recall_at(linked(np.concatenate(batches), gallery, own), whose, len(reports))
+        batches = (patients.features[rows[i : i + _BATCH]].to(part.device) for i in range(0, len(rows), _BATCH))
+        images = np.concatenate([part.embed(batch).cpu().numpy() for batch in batches])
+        return recall_at(linked(images, gallery, own), whose, len(reports))
 
     changed = any(parameter.requires_grad for parameter in trained.trunk.parameters())
     return {

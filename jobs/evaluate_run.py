@@ -22,7 +22,7 @@ from clinifed.jobs.card import without_basis
 from clinifed.jobs.comparison import Judged, compare, judge
 from clinifed.jobs.prepare import PreparedData
 from clinifed.messages import Parameters
-from clinifed.models.adapters import GlobalModel, TrainablePart
+from clinifed.models.adapters import FrozenPart, TrainablePart
 from clinifed.models.backbone import Backbone
 from clinifed.models.state import apply_delta
 from clinifed.policy import SitePolicy
@@ -34,7 +34,7 @@ __all__ = ["evaluate_run"]
 
 def _features(
     contract: Contract,
-    model: GlobalModel,
+    model: FrozenPart,
     backbone: Backbone,
     manifest: Manifest,
     names: list[str],
@@ -78,7 +78,7 @@ def evaluate_run(
     written = without_basis(contract)  # what is evaluated is what is written, and zero-shot is the base model's
     if written is not contract and backbone.basis is not None:
         params = backbone.basis.folded(params)
-    model = GlobalModel(backbone, start_part).eval()  # only its frozen part is read here
+    model = FrozenPart(backbone, start_part)
     objective = resolve_objective(contract.promise.objective)
     held_out = _held_out(contract, model, backbone, data, policies, progress)
     if data.test is None and not held_out:
@@ -99,7 +99,7 @@ def evaluate_run(
 
 def _held_out(
     contract: Contract,
-    model: GlobalModel,
+    model: FrozenPart,
     backbone: Backbone,
     data: PreparedData,
     policies: dict[str, SitePolicy],
@@ -125,7 +125,7 @@ def _held_out(
 
 def _baselines(
     contract: Contract,
-    model: GlobalModel,
+    model: FrozenPart,
     backbone: Backbone,
     data: PreparedData,
     policies: dict[str, SitePolicy],

@@ -20,7 +20,7 @@ from clinifed.jobs.card import agreed_card, public_paths, without_basis
 from clinifed.jobs.finetune_card import claim_of, started_from
 from clinifed.jobs.finetune_plan import PreparedSite, ValidationSet
 from clinifed.models.adaptation import Start
-from clinifed.models.adapters import GlobalModel, build_trainable
+from clinifed.models.adapters import FrozenPart, TrainablePart, build_trainable
 from clinifed.models.backbone import Backbone
 from clinifed.models.state import Checkpoint, arrays, read_checkpoint
 from clinifed.privacy.engine import PatientTensors, mean_loss
@@ -120,18 +120,22 @@ class FineTuningRun:
         if self.judged is None:
             return
         contract = self.trainer.contract
-        part = build_trainable(self.backbone, contract.specialties, self.training, state)
+        part = self._part(state)
         scores = score_part(part, self.judged, self.names, self.trainer.objective)
         loss = mean_loss(part, self.judged, self.trainer.objective, contract.training.batch_size)
         mean = float(np.mean([s.balanced_accuracy for s in scores.values()]))
         self.watch.add(Figures(mean, loss))
         self.progress(f"epoch {len(self.watch.seen) - 1}: balanced accuracy {mean:.3f}, loss {loss:.4f}")
 
+    def _part(self, state: Params | None = None) -> TrainablePart:
+        """What is judged: the trainable part with ``state``, without a basis."""
+        specialties = self.trainer.contract.specialties
+        return build_trainable(self.backbone, specialties, self.training, state).ready()
+
     def _features(self, manifest: Manifest, names: Sequence[str], split: str | None) -> PatientTensors:
         contract = self.trainer.contract
-        part = build_trainable(self.backbone, contract.specialties, self.training)
         return patient_tensors(
-            GlobalModel(self.backbone, part).eval(),
+            FrozenPart(self.backbone, self._part()),
             self.backbone,
             manifest,
             {name: contract.specialties[name] for name in names},
@@ -143,7 +147,7 @@ class FineTuningRun:
 
     def _evaluation(self, params: Params) -> dict[str, Any] | None:
         """Zero-shot, the start and what was kept, on the public test set, for the specialties that it has."""
-        test, contract = self.prepared.test, self.trainer.contract
+        test = self.prepared.test
         tested = [] if test is None else [n for n in self.names if any(r.specialty == n for r in test.records)]
         if test is None or not tested:
             return None
@@ -151,7 +155,7 @@ class FineTuningRun:
         states = {"zero_shot": None, "start": self.begun.params, "fine_tuned": params}
         found: dict[str, dict[str, Any]] = {name: {} for name in tested}
         for key, state in states.items():
-            part = build_trainable(self.backbone, contract.specialties, self.training, state)
+            part = self._part(state)
             for name in set(self.names) - set(tested):
                 del part.heads[name]
             for name, scores in score_part(part, public, tested, self.trainer.objective).items():

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from clinifed.jobs.baselines import one_thread
 from clinifed.models.adapters import TrainablePart
-from clinifed.privacy.engine import PatientTensors, physical_batches, plain_step, pull_towards
+from clinifed.privacy.engine import PatientTensors, plain_step, pull_towards
 from clinifed.privacy.objectives import Objective
 
-__all__ = ["GLOBAL", "LOCAL_ONLY", "VARIANTS", "ZERO_SHOT", "Head", "Recipe", "candidates", "embedded", "logits"]
+__all__ = ["GLOBAL", "LOCAL_ONLY", "VARIANTS", "ZERO_SHOT", "Head", "Recipe", "candidates", "logits"]
 
 ZERO_SHOT, GLOBAL, LOCAL_ONLY = "zero-shot", "global", "local-only"
 _PULLS = (0.3, 0.1, 0.03, 0.01, 0.003)  # s: from a head that hardly moves to one that hardly remembers
@@ -90,13 +90,6 @@ def _trained(start: Head, data: PatientTensors, objective: Objective, rate: floa
             pull_towards(part, anchor, pull)
     state = part.shared()
     return Head(state["heads.own.weight"], state["heads.own.bias"])
-
-
-@torch.no_grad()
-def embedded(part: TrainablePart, data: PatientTensors, batch_size: int) -> PatientTensors:
-    """The same patients with the global model's embeddings (R, D) for features, whatever its trunk reads."""
-    rows = [part.embed(data.features[batch]) for batch in physical_batches(data.patient, batch_size)]
-    return PatientTensors(torch.cat(rows), data.patient, data.specialty, data.label)
 
 
 @torch.no_grad()

@@ -17,13 +17,14 @@ from clinifed.config import Specialty, Training
 from clinifed.data.manifest import Manifest
 from clinifed.errors import DataError, ModelError
 from clinifed.evaluation.choice import Choice, choose
+from clinifed.evaluation.scoring import embedded
 from clinifed.executors.features import patient_tensors, site_manifest
 from clinifed.files import OWNER_ONLY, write_json
-from clinifed.jobs.own_heads import GLOBAL, LOCAL_ONLY, VARIANTS, Head, Recipe, candidates, embedded, logits
+from clinifed.jobs.own_heads import GLOBAL, LOCAL_ONLY, VARIANTS, Head, Recipe, candidates, logits
 from clinifed.load import validate
 from clinifed.messages import head_name
 from clinifed.models.adaptation import base_of, card_specialties
-from clinifed.models.adapters import GlobalModel, TrainablePart, build_trainable
+from clinifed.models.adapters import FrozenPart, TrainablePart, build_trainable
 from clinifed.models.backbone import Backbone
 from clinifed.models.heads import zero_shot_heads
 from clinifed.models.state import Checkpoint, arrays, read_checkpoint
@@ -84,7 +85,7 @@ def personalise(
     backbone = base_of(source, model_ref or policy.model_ref)
     _make_folder(out)
 
-    part = build_trainable(backbone, known, training, source.params)
+    part = build_trainable(backbone, known, training, source.params).ready()
     steps = int(source.card.get("rounds", 1)) * training.local_epochs
     recipe = Recipe(objective, training.learning_rate, steps, training.pull)
     params = dict(source.params)
@@ -156,7 +157,7 @@ def _patients(
 ) -> PatientTensors:
     """The site's patients of one specialty, as embeddings of the global model."""
     found = patient_tensors(
-        GlobalModel(backbone, part).eval(),
+        FrozenPart(backbone, part),
         backbone,
         manifest,
         {name: specialty},

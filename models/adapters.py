@@ -4,7 +4,7 @@ The frozen part turns pixels into features once; only the trainable part runs in
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,15 @@ from clinifed.models.basis import Basis, InBasis
 from clinifed.models.heads import build_heads, zero_shot_heads
 from clinifed.models.trunk import Trunk, build_trunk
 
-__all__ = ["FrozenPart", "GlobalModel", "TrainablePart", "build_trainable"]
+__all__ = ["FrozenPart", "GlobalModel", "TrainablePart", "accelerator", "build_trainable"]
+
+
+def accelerator() -> torch.device:
+    """Where the tower and its steps are computed: the GPU where torch finds one, or else the processor.
+
+    What is kept, compared, released or written is in the CPU's memory everywhere.
+    """
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class TrainablePart(nn.Module):
@@ -32,6 +40,15 @@ class TrainablePart(nn.Module):
         self.trunk = trunk or Trunk()
         self.basis = InBasis(basis) if basis else nn.Identity()
         self.heads = heads
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are, all of them."""
+        return next(self.parameters()).device
+
+    def ready(self) -> Self:
+        """In evaluation mode, and where towers are computed; frozen weights that it shares with one move along."""
+        return self.eval().to(accelerator())
 
     def embed(self, features: Tensor) -> Tensor:
         """Features (B, …) → L2-normalised embedding (B, D)."""

@@ -207,7 +207,7 @@ def pull_towards(module: nn.Module, start: Mapping[str, Tensor], strength: float
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                parameter.sub_(strength * (parameter - start[name]))
+                parameter.sub_(strength * (parameter - start[name].to(parameter.device)))
 
 
 def plain_step(

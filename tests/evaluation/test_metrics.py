@@ -18,7 +18,7 @@ from clinifed.evaluation.metrics import (
 )
 from clinifed.evaluation.scoring import score_part
 from clinifed.executors.features import patient_tensors
-from clinifed.models.adapters import GlobalModel, build_trainable
+from clinifed.models.adapters import FrozenPart, build_trainable
 from clinifed.models.backbone import load_backbone
 from clinifed.privacy.objectives import OBJECTIVES
 
@@ -85,7 +85,7 @@ def test_a_manifest_with_several_labels_reaches_the_scores(tmp_path) -> None:
     manifest = write_manifest(tmp_path / "manifest.csv", records, "synthetic")
     backbone = load_backbone("tiny")
     part = build_trainable(backbone, {"radiology": specialty}, Training(train="heads"))
-    model, many = GlobalModel(backbone, part).eval(), OBJECTIVES["multi-label-bce"]
+    model, many = FrozenPart(backbone, part), OBJECTIVES["multi-label-bce"]
     options = {"split": None, "batch_size": 8, "cache": None}
     data = patient_tensors(model, backbone, manifest, {"radiology": specialty}, objective=many, **options)
     assert data.label.tolist() == [0b101, 0, 0b010]

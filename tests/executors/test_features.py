@@ -18,7 +18,7 @@ from clinifed.errors import DataError
 from clinifed.executors import features
 from clinifed.executors.features import file_content, patient_tensors
 from clinifed.files import file_sha256
-from clinifed.models.adapters import GlobalModel, build_trainable
+from clinifed.models.adapters import FrozenPart, build_trainable
 
 LABELS = {"radiology": Specialty(labels={"normal": ("a normal chest",), "abnormal": ("an opacity",)})}
 
@@ -42,7 +42,7 @@ def manifest_of(folder: Path, numbers: list[int]) -> Manifest:
 @pytest.fixture
 def counted(backbone, monkeypatch):
     """The model, and how many images it was given."""
-    model = GlobalModel(backbone, build_trainable(backbone, LABELS, Training(train="heads"))).eval()
+    model = FrozenPart(backbone, build_trainable(backbone, LABELS, Training(train="heads")).ready())
     counter, forward = Counter(), model.features
 
     def count(pixels):

@@ -14,7 +14,7 @@ from clinifed.jobs.baselines import alone, centralised, federated_openly, load_p
 from clinifed.jobs.comparison import MODELS
 from clinifed.jobs.evaluate_run import evaluate_run
 from clinifed.jobs.finish import summary_schema
-from clinifed.models.adapters import GlobalModel
+from clinifed.models.adapters import FrozenPart
 
 from .studied import Studied, held_out
 
@@ -29,7 +29,7 @@ def told(studied):
 
 
 def features(studied: Studied, site: str):
-    model = GlobalModel(studied.backbone, load_part(studied.contract, studied.backbone)).eval()
+    model = FrozenPart(studied.backbone, load_part(studied.contract, studied.backbone))
     names = studied.contract.sites[site].specialties
     return patient_tensors(
         model,

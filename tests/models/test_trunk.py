@@ -69,6 +69,17 @@ def test_without_clip_and_noise_the_private_step_is_the_plain_one(
         torch.testing.assert_close(moved[0][name], change, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("train", TRUNKS)
+def test_the_clipped_sum_on_a_gpu_is_the_processors(pixels: torch.Tensor, train: str) -> None:
+    backbone = load_backbone("tiny")  # its tower goes to the GPU
+    part = build_trainable(backbone, CHOSEN, Training(train=train))
+    data = patients(GlobalModel(backbone, part), pixels)
+    expected = clipped_sum(part, data, OBJECTIVE, 0.01, 4)
+    assert part.ready().device.type == "cuda"
+    torch.testing.assert_close(clipped_sum(part, data, OBJECTIVE, 0.01, 4).cpu(), expected, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("train", TRUNKS)
 def test_one_patient_moves_the_clipped_sum_by_at_most_the_clip(
     backbone: Backbone, pixels: torch.Tensor, train: str
