@@ -13,7 +13,7 @@ from clinifed.errors import ModelError, UpdateError
 from clinifed.executors.features import patient_tensors, site_manifest
 from clinifed.executors.release import Releases, check_contract
 from clinifed.messages import Parameters, Update, allowed_names, projected, rounded
-from clinifed.models.adapters import FrozenPart, TrainablePart, build_trainable
+from clinifed.models.adapters import FrozenPart, TrainablePart, accelerator, build_trainable
 from clinifed.models.backbone import Backbone, load_backbone
 from clinifed.models.basis import read_basis
 from clinifed.models.state import apply_delta
@@ -87,7 +87,7 @@ class SiteTrainer:
         manifest = site_manifest(policy)
         check_contract(contract, policy, coordinator, manifest.data_class)
         if contract.promise.mode == "dp":
-            self_test()
+            self_test(accelerator())
         backbone = backbone or load_backbone(policy.model_ref or contract.base_model.ref, policy.cache)
         if backbone.sha256 != contract.base_model.sha256:
             raise ModelError(

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
@@ -69,11 +68,12 @@ class PatientDPOptimizer(DPOptimizer):
         squares = [gradient.squared_norms() for _, gradient in self.gradients]
         norms = torch.stack(squares).sum(dim=0).sqrt()  # (P,)
         finite = torch.isfinite(norms)
-        self.skipped += int((~finite).sum())
+        skipped = int((~finite).sum())
+        self.skipped += skipped
         # 1e-6: as Opacus; it only ever makes the factor smaller.
         factor = torch.where(finite, (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0), 0.0)
         for parameters, gradient in self.gradients:
-            for p, clipped in zip(parameters, gradient.clipped_sums(factor), strict=True):
+            for p, clipped in zip(parameters, gradient.clipped_sums(factor, some_skipped=skipped > 0), strict=True):
                 p.summed_grad = clipped if p.summed_grad is None else p.summed_grad.add_(clipped)
 
     def add_noise(self) -> None:
@@ -81,9 +81,9 @@ class PatientDPOptimizer(DPOptimizer):
         source = NoiseSource()
         std = self.noise_multiplier * self.max_grad_norm
         for some in _in_parts(self.params):
-            clipped = torch.cat([p.summed_grad.flatten() for p in some]).double().cpu().numpy()
-            noised = to_grid(clipped + std * source.standard_normal(clipped.shape), self.max_grad_norm)
-            released = torch.from_numpy(noised.astype(np.float32)).to(some[0].device)
+            clipped = torch.cat([p.summed_grad.flatten() for p in some]).double()
+            noise = source.standard_normal(clipped.shape, clipped.device)
+            released = to_grid(clipped.add_(noise, alpha=std), self.max_grad_norm).float()
             for p, part in zip(some, released.split([p.numel() for p in some]), strict=True):
                 p.grad = part.view_as(p)
 

@@ -13,16 +13,18 @@ constant.
 import math
 import os
 
-import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from numpy.typing import NDArray
+from torch import Tensor
 
 __all__ = ["GRID", "NoiseSource", "to_grid"]
 
 GRID = 2.0**-20  # of the clip C: a million times finer than the noise at σ ≥ 1, far coarser than float64's gaps
 _DRAWS = 4
 _BLOCK = 1 << 16  # values per pass: keeps the float64 working set near 2 MiB
+_GPU_BLOCK = 1 << 20  # on a GPU, where a pass costs what its launches cost
+_BITS = (1 << 52) - 1
+_CPU = torch.device("cpu")
 
 
 class NoiseSource:
@@ -37,27 +39,25 @@ class NoiseSource:
         cipher = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(bytes(16)))
         self._stream = cipher.encryptor()
 
-    def _uniform(self, count: int) -> NDArray[np.float64]:
+    def _uniform(self, count: int, device: torch.device) -> Tensor:
         """``count`` uniforms on the open interval (0, 1): odd multiples of 2^-53, so never 0 and never 1."""
-        raw = np.frombuffer(self._stream.update(bytes(8 * count)), dtype="<u8")
-        values = (raw >> np.uint64(12)).astype(np.float64)
-        values += 0.5
-        values *= 2.0**-52
-        return values
+        # The cipher wants room for a block less one byte more; page-locked memory is what a GPU reads without a copy.
+        raw = torch.empty(8 * count + 15, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._stream.update_into(bytes(8 * count), raw.numpy().data)
+        bits = raw[: 8 * count].view(torch.int64).to(device)
+        return (bits >> 12).bitwise_and_(_BITS).double().add_(0.5).mul_(2.0**-52)
 
-    def standard_normal(self, shape: tuple[int, ...]) -> NDArray[np.float64]:
-        """Independent N(0, 1) draws, float64, of ``shape``."""
-        out = np.empty(math.prod(shape), dtype=np.float64)
-        for start in range(0, len(out), _BLOCK):
-            size = min(_BLOCK, len(out) - start)
+    def standard_normal(self, shape: tuple[int, ...], device: torch.device = _CPU) -> Tensor:
+        """Independent N(0, 1) draws, float64, of ``shape``, on ``device``; the randomness is the CPU's everywhere."""
+        out = torch.empty(math.prod(shape), dtype=torch.float64, device=device)
+        for part in out.split(_GPU_BLOCK if device.type == "cuda" else _BLOCK):
             # torch's, which uses all cores; it is within 1e-15 of scipy's.
-            draws = torch.special.ndtri(torch.from_numpy(self._uniform(_DRAWS * size))).view(_DRAWS, size)
-            out[start : start + size] = draws.sum(dim=0).numpy() / math.sqrt(_DRAWS)
-        return out.reshape(shape)
+            draws = torch.special.ndtri(self._uniform(_DRAWS * len(part), device)).view(_DRAWS, len(part))
+            torch.sum(draws, dim=0, out=part).div_(math.sqrt(_DRAWS))
+        return out.view(shape)
 
 
-def to_grid(values: NDArray[np.float64], max_grad_norm: float) -> NDArray[np.float64]:
+def to_grid(values: Tensor, max_grad_norm: float) -> Tensor:
     """``values`` rounded to multiples of GRID · C: post-processing, applied after the noise was added."""
     step = GRID * max_grad_norm
-    rounded: NDArray[np.float64] = np.rint(values / step) * step
-    return rounded
+    return (values / step).round_().mul_(step)

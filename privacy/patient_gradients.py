@@ -149,10 +149,12 @@ class PatientGradients(GradSampleHooks):
         several = zip(self.groups.by_size, self.groups.split(sent), self.groups.split(back), strict=True)
         for (which, _), a, g in several:
             a, g = a.flatten(1, 2).to(g.dtype), (g / g.shape[1]).flatten(1, 2)
-            if isinstance(which, slice) and g.dtype == means.dtype:
+            if not isinstance(which, slice):
+                means[which] = (g.mT @ a).float()
+            elif g.dtype == means.dtype:
                 torch.bmm(g.mT, a, out=means)
             else:
-                means[which] = (g.mT @ a).float()
+                means.copy_(g.mT @ a)  # to float32 on the way
         return Formed(means)
 
     def _mean(self, rows: Tensor) -> Formed:

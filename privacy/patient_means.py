@@ -85,10 +85,14 @@ class Formed:
         rows: Tensor = torch.linalg.vector_norm(self.means, dim=-1)
         return rows.flatten(1).square().sum(dim=1) if rows.dim() > 1 else rows.square()
 
-    def clipped_sums(self, factor: Tensor) -> list[Tensor]:
-        """The sum of all patients' gradients, each times its ``factor`` (P,); a factor of 0 leaves a patient out."""
+    def clipped_sums(self, factor: Tensor, *, some_skipped: bool) -> list[Tensor]:
+        """The sum of all patients' gradients, each times its ``factor`` (P,).
+
+        Args:
+            some_skipped: whether a factor is 0, which leaves a patient out, whatever its gradient is.
+        """
         kept = self.means.flatten(1)
-        if not bool(factor.all()):  # 0 · NaN is NaN, so that a factor of zero would not do
+        if some_skipped:  # 0 · NaN is NaN, so that a factor of zero would not do
             kept = torch.where((factor > 0).unsqueeze(1), kept, 0.0)
         return [(kept.T @ factor).view(self.means.shape[1:])]
 
@@ -121,11 +125,11 @@ class Outer:
             total[unsure] = exact.sum(dim=(1, 2)).clamp(min=0).float()
         return total / sent.shape[1] ** 2
 
-    def clipped_sums(self, factor: Tensor) -> list[Tensor]:
+    def clipped_sums(self, factor: Tensor, *, some_skipped: bool) -> list[Tensor]:
         """As :meth:`Formed.clipped_sums`: the layers' weights (out, in), then their biases (out,)."""
         weight = (factor / self.groups.images)[self.groups.patient].unsqueeze(1)  # (R, 1)
         back, sent = self.backprops, self.sent
-        if not bool(factor.all()):
+        if some_skipped:
             back, sent = torch.where(weight > 0, back, 0.0), torch.where(weight > 0, sent, 0.0)
         clipped = (weight * back).T  # (out, R)
         biases = clipped.sum(dim=1).split(self.widths) if self.bias else ()

@@ -14,9 +14,10 @@ from clinifed.privacy.engine import Mechanism, PatientDPOptimizer
 __all__ = ["self_test"]
 
 _TEST_DRAWS = 1 << 16
+_CPU = torch.device("cpu")
 
 
-def self_test() -> None:
+def self_test(device: torch.device = _CPU) -> None:
     """Refuse to go on unless the installed noise is N(0, σ²C²) and fresh in every release. Sees no data.
 
     Two releases of n = 65 536 zeros through the real ``add_noise``, each tested for
@@ -28,6 +29,9 @@ def self_test() -> None:
 
     and both together for correlation: |r|·√n < 6; 2.0e-9. In all 2·(2.0e-9 + 5e-13 + 9.9e-8) + 2.0e-9 = 2.1e-7.
 
+    Args:
+        device: where releases are made.
+
     Guarantees:
         - Noise that is missing, or scaled by less than 0.97 or more than 1.03, is noticed.
         - A source that repeats itself is noticed.
@@ -37,7 +41,7 @@ def self_test() -> None:
         PrivacyError: with everything that is wrong.
     """
     mechanism = Mechanism(2.0, 0.5, 1)  # any numbers, but not all 1: a forgotten factor would hide
-    releases = [_noise_of_a_release(mechanism) for _ in range(2)]
+    releases = [_noise_of_a_release(mechanism, device) for _ in range(2)]
     root, problems = sqrt(_TEST_DRAWS), []
     for noise in releases:
         mean, deviation = float(noise.mean()), float(noise.std())
@@ -58,12 +62,12 @@ def self_test() -> None:
         )
 
 
-def _noise_of_a_release(mechanism: Mechanism) -> NDArray[np.float64]:
+def _noise_of_a_release(mechanism: Mechanism, device: torch.device) -> NDArray[np.float64]:
     """What ``add_noise`` adds to a sum of zeros, (65 536,), in claimed standard deviations."""
-    parameter = nn.Parameter(torch.zeros(_TEST_DRAWS))
+    parameter = nn.Parameter(torch.zeros(_TEST_DRAWS, device=device))
     optimizer = PatientDPOptimizer(torch.optim.SGD([parameter], lr=1.0), mechanism)
-    parameter.summed_grad = torch.zeros(_TEST_DRAWS)  # type: ignore[attr-defined]
+    parameter.summed_grad = torch.zeros(_TEST_DRAWS, device=device)  # type: ignore[attr-defined]
     optimizer.add_noise()
     assert parameter.grad is not None
-    noise: NDArray[np.float64] = parameter.grad.double().numpy()
+    noise: NDArray[np.float64] = parameter.grad.double().cpu().numpy()
     return noise / (mechanism.noise_multiplier * mechanism.max_grad_norm)

@@ -104,7 +104,7 @@ def test_an_audit_of_a_configuration_passes_and_fails_without_noise(typed, monke
     }
     assert "epsilon 3" in err
     quiet = noise.NoiseSource.standard_normal
-    monkeypatch.setattr(noise.NoiseSource, "standard_normal", lambda self, shape: 1e-9 * quiet(self, shape))
+    monkeypatch.setattr(noise.NoiseSource, "standard_normal", lambda self, *where: 1e-9 * quiet(self, *where))
     monkeypatch.setattr(self_test, "self_test", lambda: None)  # or it would stop here, as it should
     code, out, _ = typed("audit", CONFIGS / "smoke.yaml", "--json")
     assert code == PrivacyError.exit_code

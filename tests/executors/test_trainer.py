@@ -217,7 +217,7 @@ class TestPolicy:
 @pytest.mark.parametrize("scale", [0.0, 0.9])
 def test_noise_that_is_not_what_it_claims_stops_the_job_before_anything_is_charged(policy, train, monkeypatch, scale):
     honest = NoiseSource.standard_normal
-    monkeypatch.setattr(NoiseSource, "standard_normal", lambda self, shape: scale * honest(self, shape))
+    monkeypatch.setattr(NoiseSource, "standard_normal", lambda self, *where: scale * honest(self, *where))
     with pytest.raises(PrivacyError):
         train()
     assert kinds(policy) == ["open"]

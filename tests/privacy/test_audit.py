@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import FrozenInstanceError
+from functools import partial
 from math import comb, exp
 
 import numpy as np
@@ -34,7 +35,7 @@ def scale_noise(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     honest = NoiseSource.standard_normal
 
     def patch(factor: float) -> None:
-        monkeypatch.setattr(NoiseSource, "standard_normal", lambda self, shape: factor * honest(self, shape))
+        monkeypatch.setattr(NoiseSource, "standard_normal", lambda self, *where: factor * honest(self, *where))
 
     return patch
 
@@ -61,10 +62,8 @@ class TestNoiseRuler:
         assert not noise_ruler(PLANNED).passed
 
     def test_it_fails_with_noise_of_the_right_deviation_and_another_shape(self, monkeypatch):
-        root = 3**0.5
-        monkeypatch.setattr(
-            NoiseSource, "standard_normal", lambda self, shape: np.random.default_rng().uniform(-root, root, shape)
-        )
+        uniform = partial(np.random.default_rng().uniform, -(3**0.5), 3**0.5)
+        monkeypatch.setattr(NoiseSource, "standard_normal", lambda self, shape, _: torch.from_numpy(uniform(shape)))
         result = noise_ruler(PLANNED)
         assert result.std_ratio == pytest.approx(1, abs=0.02)
         assert not result.passed
@@ -234,22 +233,21 @@ class TestSelfTest:
             self_test()
 
     def test_it_stops_with_noise_of_another_shape(self, monkeypatch):
-        monkeypatch.setattr(
-            NoiseSource, "standard_normal", lambda self, shape: np.random.default_rng().choice([-1.0, 1.0], shape)
-        )
+        coin = partial(np.random.default_rng().choice, [-1.0, 1.0])
+        monkeypatch.setattr(NoiseSource, "standard_normal", lambda self, shape, _: torch.from_numpy(coin(shape)))
         with pytest.raises(PrivacyError, match="not normal"):
             self_test()
 
     def test_it_stops_with_a_shifted_mean(self, monkeypatch):
         honest = NoiseSource.standard_normal
-        monkeypatch.setattr(NoiseSource, "standard_normal", lambda self, shape: honest(self, shape) + 0.05)
+        monkeypatch.setattr(NoiseSource, "standard_normal", lambda self, *where: honest(self, *where) + 0.05)
         with pytest.raises(PrivacyError, match=r"mean 0\.0"):
             self_test()
 
     @pytest.mark.parametrize("sign", [1, -1])
     def test_it_stops_with_a_source_that_repeats_itself(self, monkeypatch, sign):
         fixed, signs = NoiseSource().standard_normal((module._TEST_DRAWS,)), [1, sign]
-        monkeypatch.setattr(NoiseSource, "standard_normal", lambda self, shape: signs.pop() * fixed)
+        monkeypatch.setattr(NoiseSource, "standard_normal", lambda self, *where: signs.pop() * fixed)
         with pytest.raises(PrivacyError, match="two releases have related noise"):
             self_test()
 
