@@ -106,9 +106,8 @@ def drawn() -> PatientTensors:
     return PatientTensors(torch.randn(PATIENTS, *TOKENS, generator=generator), patient, patient % 2, label)
 
 
-def step(what: str, backbone: Backbone, data: PatientTensors, batch: int) -> dict[str, Any]:
+def step(what: str, part: TrainablePart, data: PatientTensors, batch: int) -> dict[str, Any]:
     """Both steps over all patients in physical batches of ``batch``; memory is each step's own."""
-    part = build_trainable(backbone, {name: SPECIALTIES[name] for name in NAMES}, STEPS[what]).ready()
     objective, mechanism = OBJECTIVES["cross-entropy"], Mechanism(1.0, 1.0, PATIENTS)
 
     def plain() -> None:
@@ -142,7 +141,8 @@ def step(what: str, backbone: Backbone, data: PatientTensors, batch: int) -> dic
 def noise_seconds(parameters: int) -> float:
     """Of drawing the noise of one release."""
     began = time.perf_counter()
-    NoiseSource().standard_normal((parameters,))
+    NoiseSource().standard_normal((parameters,), torch.device("cuda"))
+    torch.cuda.synchronize()
     return time.perf_counter() - began
 
 
@@ -154,16 +154,15 @@ def operations_of_a_row(part: TrainablePart, data: PatientTensors) -> float:
 def steps(ref: str) -> list[dict[str, Any]]:
     found, data = [], drawn()
     for what in STEPS:
+        part = build_trainable(load_backbone(ref), {name: SPECIALTIES[name] for name in NAMES}, STEPS[what]).ready()
         for batch in BATCHES:
-            backbone = load_backbone(ref)  # what trained is another model
-            backbone.free_text()
             try:
-                found.append(step(what, backbone, data, batch))
+                found.append(step(what, part, data, batch))
             except torch.OutOfMemoryError:
                 found.append({"what": what, "batch": batch, "reason": "does not fit"})
             print(json.dumps(found[-1]), flush=True)
-            del backbone
-            free()
+        del part
+        free()
     return found
 
 

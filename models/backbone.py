@@ -111,7 +111,8 @@ class Backbone:
         return self._tokenizer
 
     def _load(self, *, text: bool) -> Tower:
-        tower = load_tower(self._files, text=text)
+        with torch.inference_mode(mode=False):  # weights made in that mode could never train, nor go to a GPU
+            tower = load_tower(self._files, text=text)
         if tower.sha256 != self.sha256:
             raise ModelError(
                 f"{self.ref}: the weights are {tower.sha256} and were {self.sha256} when this process began; "

@@ -86,6 +86,17 @@ def test_what_was_encoded_stays_known_without_the_text_tower() -> None:
     assert backbone.encode_text(["a nevus"]).shape == (1, rows.shape[1])
 
 
+def test_weights_that_are_loaded_in_inference_mode_can_train_all_the_same() -> None:
+    backbone = load_backbone("tiny")
+    backbone.free_text()
+    with torch.inference_mode():
+        backbone.encode_reports(["a burn"])  # needs both towers again
+    part = build_trainable(backbone, LABELS, Training(train="lora"))
+    features = torch.randn(2, *part.trunk.shape)
+    part(features)["radiology"].sum().backward()
+    assert not any(p.is_inference() for p in backbone.model.parameters())
+
+
 def test_reports_are_encoded_as_prompts_are_and_nothing_of_them_is_kept(load: Callable[[], Backbone]) -> None:
     backbone, texts = load(), ["clear lungs", "a burn"]
     known = dict(backbone._identity.prompts)
