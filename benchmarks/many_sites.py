@@ -179,7 +179,14 @@ def write(lines: list[str], runs: list[dict], rounds: int) -> None:
         "| sites | threads | wall, s | a site and round, s | update, kB | server, peak MiB | all processes, peak GiB |",
         "|---|---|---|---|---|---|---|",
     ]
-    write_section("Many sites", [*lines, *head, *rows])
+    tail = [
+        "",
+        "Wall time grows with the sites, since their tasks share the cores: a site's handshake and its round are a",
+        "process each where there are fewer threads than sites. Memory grows with the threads, and the server's with",
+        "what a round stages. FLARE's simulator takes 100 clients unless it is told a number, which its `SimEnv` does",
+        "not tell; `jobs/simulator_env.py` does.",
+    ]
+    write_section("Many sites", [*lines, *head, *rows, *tail])
 
 
 if __name__ == "__main__":
