@@ -67,6 +67,7 @@ class SitePolicy(_Policy):
     permit_privacy_off: bool = False  # only ever for data marked public or synthetic
     model_ref: str | None = None  # where this site keeps the base model, if not where the contract says
     basis: Path | None = None  # the file of the public basis, where a contract's heads train in one
+    threads: int | None = Field(None, ge=1)  # of the trainer's process; default: torch's, one for each core
 
     @property
     def outbox_folder(self) -> Path:

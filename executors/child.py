@@ -59,13 +59,10 @@ class _Site:
     """This site in one job; what it needs is heavy, and imported only now."""
 
     def __init__(self, first: dict[str, Any]) -> None:
-        import torch
-
         from clinifed.contract import Contract
         from clinifed.models.backbone import load_backbone
         from clinifed.policy import SitePolicy
 
-        torch.set_num_threads(1)  # simulated sites share the cores, and the steps are small
         self.contract = Contract.model_validate(first["contract"])
         self.policy = SitePolicy.model_validate(first["policy"])
         self.job, self.coordinator = first["job"], first["coordinator"]

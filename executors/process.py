@@ -41,13 +41,15 @@ class TrainerProcess:
         log = os.open(policy.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, OWNER_ONLY)
         # FLARE's credentials of this job are no business of the trainer.
         environment = {k: v for k, v in os.environ.items() if not k.startswith("NVFLARE_JOB")}
+        if policy.threads is not None:
+            environment["OMP_NUM_THREADS"] = str(policy.threads)
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "clinifed.executors.child"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env={**environment, "OMP_NUM_THREADS": "1"},
+                env=environment,
             )
         finally:
             os.close(log)

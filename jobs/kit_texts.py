@@ -40,6 +40,7 @@ officers: {{}}  # name: Ed25519 public key of who may sign a larger budget; `cli
 permit_privacy_off: false  # only ever for data marked public or synthetic
 model_ref: null  # where this site keeps the base model, if not where the contract says
 basis: null  # the file of the public basis, where the contract's heads train in one
+threads: null  # of the trainer's process; null: one for each core
 """
 
 _SITE = """\

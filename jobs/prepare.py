@@ -198,6 +198,7 @@ def site_policies(
             declare=site.declare,
             permit_privacy_off=federation.privacy.mode == "off",
             basis=basis,
+            threads=1,  # the sites share the machine's cores
         )
         ledger = Ledger.of(policy)
         if contract.promise.mode == "off" or ledger.chain.path.exists() or ledger.chain.anchor.exists():

@@ -51,6 +51,20 @@ def test_it_trains_a_round_that_the_server_accepts(trainer, contract, delta):
     assert unpack(trainer.train(0, delta, never, 120).body).meta == update.meta  # asked again: the same
 
 
+@pytest.mark.parametrize(("threads", "told"), [(None, None), (3, "3")])
+def test_the_trainer_takes_the_threads_of_the_policy_or_torchs_own(contract, site, monkeypatch, threads, told):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    made = TrainerProcess(contract, site.model_copy(update={"threads": threads}), JOB, SIMULATOR)
+    try:
+        assert psutil.Process(made._process.pid).environ().get("OMP_NUM_THREADS") == told
+    finally:
+        made.stop()
+
+
+def test_simulated_sites_have_one_thread_each(site):
+    assert site.threads == 1
+
+
 def test_a_refusal_comes_back_as_policy_with_its_reasons(contract, policy, delta):
     unapproved = TrainerProcess(contract, policy.model_copy(update={"approved_contracts": ()}), JOB, SIMULATOR)
     try:
