@@ -120,6 +120,7 @@ PARENT = """
 import os, sys, time
 from clinifed.executors import process
 class Policy:
+    threads = 1
     class log:
         parent = type("P", (), {"mkdir": staticmethod(lambda **_: None)})
     @staticmethod
