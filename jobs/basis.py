@@ -195,8 +195,8 @@ def tried(
         probe = None
         if objective.labels == "one":
             patient, label = data.patient[mine].numpy(), data.label[mine].numpy()
-            rows = (embedding[mine].double(), basis(embedding[mine])[:, :-1].double())
-            probe = (_probe(rows[0].numpy(), patient, label), _probe(rows[1].numpy(), patient, label))
+            rows = embedding[mine].double()  # or rounding decides for a patient near a border, and few are many
+            probe = (_probe(rows.numpy(), patient, label), _probe(basis(rows)[:, :-1].numpy(), patient, label))
         trials.append(Trial(name, (before[name].balanced_accuracy, after[name].balanced_accuracy), probe))
     return trials
 
@@ -211,7 +211,8 @@ def _probe(rows: NDArray[np.float64], patient: NDArray[np.integer], label: NDArr
         seen = np.unique(codes[~held])
         if len(seen) < 2 or not held.any():
             continue
-        centre, scale = rows[~held].mean(axis=0), rows[~held].std() or 1.0
+        centre = rows[~held].mean(axis=0)
+        scale = (rows[~held] - centre).std() or 1.0  # about the centre: a shift of all rows must change nothing
         model = LogisticRegression(C=_RIDGE, class_weight="balanced", max_iter=500)
         model.fit((rows[~held] - centre) / scale, codes[~held])
         logits[np.ix_(held, seen)] = model.predict_log_proba((rows[held] - centre) / scale)

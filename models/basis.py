@@ -51,8 +51,8 @@ class Basis:
         return self.matrix.shape[1] + 1
 
     def __call__(self, embedding: Tensor) -> Tensor:
-        """Embedding (B, D) → (B, d + 1)."""
-        return InBasis.map(embedding, self.mean, self.matrix)
+        """Embedding (B, D) → (B, d + 1), in the embedding's precision."""
+        return InBasis.map(embedding, self.mean.to(embedding), self.matrix.to(embedding))
 
     def heads(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Heads that read the embedding, weight (K, D) and bias (K,) → heads in the basis, weight (K, d + 1) alone."""
