@@ -93,10 +93,14 @@ def test_no_process_is_left(killed):
 
 
 def test_fewer_threads_than_sites_a_new_process_for_each_task_cost_the_same_epsilon(clinifed, smoke, tmp_path):
-    run = tmp_path / "run"
-    done = clinifed("simulate", CONFIGS / "smoke.yaml", "--out", run, "--threads", 1, "--set", "rounds=2", "--json")
+    run, plan = tmp_path / "run", tmp_path / "two.yaml"
+    two = {**PLAN, "sites": {name: PLAN["sites"][name] for name in ("alder", "birch")}}
+    two |= {"min_clients": 2, "max_clients": 2, "aggregation": {**PLAN["aggregation"], "quorum": 2}}
+    plan.write_text(yaml.safe_dump(two))
+    done = clinifed("simulate", plan, "--out", run, "--threads", 1, "--json")
     assert done.code == 0, done.err
     summary = done.json()
+    assert set(summary["sites"]) == {"alder", "birch"}
     for name, site in summary["sites"].items():
         log = (run / "sites" / name / "trainer.log").read_text()
         assert log.count("INFO clinifed.models.backbone") >= 2, "the process was not recycled"
