@@ -38,8 +38,12 @@ def in_turns(one: Callable[[], object], other: Callable[[], object], pairs: int)
     return taken
 
 
-def our_step(mode: str, ref: str) -> dict[str, Any]:
-    """A step of ``mode`` with and without privacy, on drawn features of the shape that this mode reads."""
+def drawn_step(mode: str, ref: str, patients: int) -> tuple[Callable[[], None], Callable[[], None], int]:
+    """A step of ``mode`` with and without privacy, on drawn features of the shape that this mode reads.
+
+    Returns:
+        The private step, the plain one, and how many parameters both train.
+    """
     import torch
 
     from clinifed.config import Training
@@ -56,7 +60,7 @@ def our_step(mode: str, ref: str) -> dict[str, Any]:
     del backbone  # what trains holds what it needs of the tower; the prompts are in the heads
     gc.collect()
     generator, flat = torch.Generator().manual_seed(0), mode in ("heads", "projection")
-    patient = torch.arange(PATIENTS[mode]).repeat_interleave(2 if flat else 1)
+    patient = torch.arange(patients).repeat_interleave(2 if flat else 1)
     shape = (512,) if mode == "heads" else (768,) if flat else TOKENS
     features = torch.randn(len(patient), *shape, generator=generator)
     if mode == "heads":
@@ -65,17 +69,33 @@ def our_step(mode: str, ref: str) -> dict[str, Any]:
     data = PatientTensors(features, patient, patient % 2, label)
     objective, mechanism = OBJECTIVES["cross-entropy"], Mechanism(1.0, 1.0, data.patients)
     rows = rows_per_batch(data, IMAGES)
-    private, plain = in_turns(
+    return (
         lambda: private_step(part, data, objective, mechanism, 1e-3, rows),
         lambda: plain_step(part, data, objective, 1e-3, rows),
-        PAIRS[mode],
+        sum(t.numel() for t in part.shared().values()),
     )
-    return {
-        "private": private,
-        "plain": plain,
-        "patients": data.patients,
-        "parameters": sum(t.numel() for t in part.shared().values()),
-    }
+
+
+def our_step(mode: str, ref: str) -> dict[str, Any]:
+    """Both steps of ``mode``, in turns."""
+    private_step, plain_step, parameters = drawn_step(mode, ref, PATIENTS[mode])
+    private, plain = in_turns(private_step, plain_step, PAIRS[mode])
+    return {"private": private, "plain": plain, "patients": PATIENTS[mode], "parameters": parameters}
+
+
+def threads_of_a_step(ref: str) -> dict[str, Any]:
+    """A private step of ``lora`` on one thread, as every trainer had, and on as many as torch takes, in turns."""
+    import torch
+
+    every = torch.get_num_threads()
+    private, _, _ = drawn_step("lora", ref, 8)
+
+    def on(threads: int) -> None:
+        torch.set_num_threads(threads)
+        private()
+
+    one, several = in_turns(lambda: on(1), lambda: on(every), PAIRS["lora"])
+    return {"one": one, "several": several, "threads": every}
 
 
 def stock_opacus(ref: str) -> dict[str, Any]:
@@ -114,6 +134,17 @@ def measured(mode: str, ref: str) -> Any:
     return printed(__file__, "--mode", mode, "--base", ref)
 
 
+def report_threads(found: dict[str, Any]) -> None:
+    ratios = [a / b for a, b in zip(found["one"], found["several"], strict=True)]
+    a, b, ratio = (statistics.median(values) for values in (found["one"], found["several"], ratios))
+    unit = f"s, private step of lora on one thread over {found['threads']}"
+    record([Entry("threads_lora", ratio, a, b, unit, max(ratios) - min(ratios))])
+    lines = ["| private step of `lora`, 8 patients, real size | ratio | here |", "|---|---|---|"]
+    what = f"one thread over {found['threads']}, which a trainer has by default"
+    lines.append(f"| {what} | {ratio:.2f} | {a:.2f} s over {b:.2f} s |")
+    write_section("Threads of a trainer", lines)
+
+
 def report(found: dict[str, dict[str, Any]]) -> None:
     entries, lines = [], ["| step at real size | ratio | here | peak memory | parameters |", "|---|---|---|---|---|"]
     for mode in MODES[:-1]:
@@ -147,13 +178,18 @@ def report(found: dict[str, dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mode", choices=(*MODES, "base"), help="measure this one, here, and print it as JSON")
+    parser.add_argument(
+        "--mode", choices=(*MODES, "base", "threads"), help="measure this one, here, and print it as JSON"
+    )
     parser.add_argument("--base", help="reference of a base model; default: one of real size is made")
     options = parser.parse_args()
     if options.mode == "base":
         from real_size import make_base
 
         print(json.dumps(make_base(Path(options.base))))
+        return
+    if options.mode == "threads":
+        print(json.dumps(threads_of_a_step(options.base)))
         return
     if options.mode:
         figures = stock_opacus(options.base) if options.mode == "stock" else our_step(options.mode, options.base)
@@ -162,6 +198,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         base = options.base or measured("base", str(Path(folder) / "base"))
         report({mode: measured(mode, base) for mode in MODES})
+        report_threads(measured("threads", base))
 
 
 if __name__ == "__main__":
