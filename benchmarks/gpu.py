@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from results import Entry, record, write_section
 from torch.utils.flop_counter import FlopCounterMode
-from training import in_turns, measured
+from training import TOKENS, in_turns, measured
 
 from clinifed.config import Training
 from clinifed.models.adapters import FrozenPart, TrainablePart, build_trainable
@@ -30,8 +30,8 @@ from clinifed.privacy.objectives import OBJECTIVES
 
 BATCHES = (32, 64, 128, 256)
 PATIENTS, PAIRS = 512, 3  # of one image each: the most gradients that so many images can make
-NAMES = ("dermatology", "radiology")
-SIDE, TOKENS = 224, (197, 768)
+CHOSEN = {name: SPECIALTIES[name] for name in ("dermatology", "radiology")}
+SIDE = 224
 STEPS = {
     "lora": Training(train="lora", precision="bf16"),
     "lora, float32": Training(train="lora"),
@@ -77,8 +77,7 @@ def peak_gb() -> float:
 
 def embedding(backbone: Backbone) -> list[dict[str, Any]]:
     """Images of a site: from pixels in the CPU's memory to features there, as a site does it, and in bfloat16."""
-    chosen = {name: SPECIALTIES[name] for name in NAMES}
-    frozen = FrozenPart(backbone, build_trainable(backbone, chosen, Training()).ready())
+    frozen = FrozenPart(backbone, build_trainable(backbone, CHOSEN, Training()).ready())
     found = []
     for precision in ("float32", "bfloat16"):
         for batch in BATCHES:
@@ -154,7 +153,7 @@ def operations_of_a_row(part: TrainablePart, data: PatientTensors) -> float:
 def steps(ref: str) -> list[dict[str, Any]]:
     found, data = [], drawn()
     for what in STEPS:
-        part = build_trainable(load_backbone(ref), {name: SPECIALTIES[name] for name in NAMES}, STEPS[what]).ready()
+        part = build_trainable(load_backbone(ref), CHOSEN, STEPS[what]).ready()
         for batch in BATCHES:
             try:
                 found.append(step(what, part, data, batch))

@@ -79,13 +79,14 @@ def _torch(subject: Subject, compiled: bool) -> tuple[Run, int]:
 
     from clinifed.export.deployed import deploy
     from clinifed.export.source import Card, load_model
+    from clinifed.models.adapters import accelerator
     from clinifed.models.state import read_checkpoint
 
     torch.set_num_threads(subject.threads)
     checkpoint = read_checkpoint(Path(subject.path))
     card = Card.of(checkpoint)
     trained, backbone = load_model(checkpoint, card, subject.model_ref or card.base_model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = accelerator()
     deployed = deploy(trained, backbone, card.specialties, card.training).to(device)
     model: Callable[..., Any] = torch.compile(deployed) if compiled else deployed
 

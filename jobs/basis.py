@@ -185,17 +185,16 @@ def tried(
     specialties = resolve_specialties(set(names), federation.specialties)
     objective = resolve_objective(federation.privacy.objective)
     inside = federation.training
-    before, after = (
-        score_part(build_trainable(*which).ready(), data, names, objective)
-        for which in ((backbone, specialties, plain), (backbone.with_basis(basis), specialties, inside))
-    )
+    without = build_trainable(backbone, specialties, plain).ready()
+    within = build_trainable(backbone.with_basis(basis), specialties, inside).ready()
+    before, after = (score_part(part, data, names, objective) for part in (without, within))
     trials = []
     for index, name in enumerate(names):
         mine = data.specialty == index
         probe = None
         if objective.labels == "one":
             patient, label = data.patient[mine].numpy(), data.label[mine].numpy()
-            rows = embedding[mine].double()  # or rounding decides for a patient near a border, and few are many
+            rows = embedding[mine].double()  # or rounding could decide for a patient near a border
             probe = (_probe(rows.numpy(), patient, label), _probe(basis(rows)[:, :-1].numpy(), patient, label))
         trials.append(Trial(name, (before[name].balanced_accuracy, after[name].balanced_accuracy), probe))
     return trials
